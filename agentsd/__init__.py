@@ -1,0 +1,11 @@
+"""AgentSD for diffusers: a training-free accelerator for Stable Diffusion, applied in one line.
+
+Agent attention in the early denoising steps, token merging in the later ones, after "Agent Attention" (Han et al.,
+ECCV 2024, arXiv 2312.08874).
+"""
+
+from agentsd.patch import apply_patch, patched, remove_patch
+from agentsd.report import Report, report
+
+__all__ = ["Report", "apply_patch", "patched", "remove_patch", "report"]
+__version__ = "0.1.0"

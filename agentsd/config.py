@@ -1,0 +1,135 @@
+"""The settings of a patch, validated once, and what they mean for a grid of tokens in each phase of the schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What becomes of the N tokens of one layer in one phase.
+
+    Attributes:
+        tokens: N, the tokens of the grid.
+        merged: r, how many src tokens are merged away; 0 means that the layer is left as it is.
+        agents: how many agent tokens mediate the attention; 0 means softmax attention.
+    """
+
+    tokens: int
+    merged: int
+    agents: int
+
+    @property
+    def remaining(self) -> int:
+        return self.tokens - self.merged
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the denoising trajectory: how tokens are merged there, and by how much for agents.
+
+    Attributes:
+        name: ``"agent"`` or ``"merge"``.
+        sy, sx: the cell of the token grid that keeps one dst token.
+        ratio: share of the tokens to merge.
+        agent_ratio: share of the tokens to merge into agents; None where attention stays softmax attention.
+    """
+
+    name: str
+    sy: int
+    sx: int
+    ratio: float
+    agent_ratio: float | None = None
+
+    def counts(self, height: int, width: int) -> Counts:
+        """The token counts on a ``height`` x ``width`` grid.
+
+        Agents pay only where the two products with them are cheaper than the one they replace, that is where
+        ``2 * agents < tokens - merged``; elsewhere the layer merges tokens and keeps softmax attention.
+        """
+        tokens = height * width
+        src = tokens - (height // self.sy) * (width // self.sx)
+        if src == tokens:  # the grid is smaller than a cell: there is no dst to merge into
+            return Counts(tokens, 0, 0)
+        merged = min(int(tokens * self.ratio), src)
+        if merged == 0 or self.agent_ratio is None:
+            return Counts(tokens, merged, 0)
+        agents = tokens - min(int(tokens * self.agent_ratio), src)
+        return Counts(tokens, merged, agents if 2 * agents < tokens - merged else 0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `agentsd.apply_patch`, which documents them.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is outside its range.
+    """
+
+    ratio: float = 0.4
+    agent_steps: float = 0.4
+    agent_ratio: float = 0.95
+    agent_sx: int = 4
+    agent_sy: int = 4
+    sx: int = 2
+    sy: int = 2
+    max_downsample: int | None = None
+    k_scale2: float = 0.3
+    k_shortcut: float = 0.075
+    use_rand: bool = True
+    seed: int | None = None
+    merge_attn: bool = True
+    merge_crossattn: bool = False
+    merge_mlp: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool":
+                _require(isinstance(value, bool), field.name, value, "True or False", error=TypeError)
+            elif field.type == "float":
+                real = isinstance(value, Real) and not isinstance(value, bool)
+                _require(real, field.name, value, "a number", error=TypeError)
+                _require(math.isfinite(value), field.name, value, "a finite number")
+            elif value is not None or field.type == "int":
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
+                _require(whole, field.name, value, "an integer", error=TypeError)
+        _require(0 <= self.ratio < 1, "ratio", self.ratio, "0 <= ratio < 1, the share of the tokens to merge")
+        _require(0 <= self.agent_steps <= 1, "agent_steps", self.agent_steps, "0 (never) to 1 (always)")
+        _require(0 <= self.agent_ratio < 1, "agent_ratio", self.agent_ratio, "0 <= agent_ratio < 1")
+        for name in ("agent_sx", "agent_sy", "sx", "sy"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more: a cell has a token to keep")
+        if self.max_downsample is not None:
+            levels = "1, 2, 4, 8 or None (the highest resolution that has self-attention)"
+            _require(self.max_downsample in (1, 2, 4, 8), "max_downsample", self.max_downsample, levels)
+        if self.seed is not None:
+            _require(0 <= self.seed < 2**64, "seed", self.seed, "0 <= seed < 2**64, or None to follow torch's seed")
+        for phase in self.phases:
+            most = 1 - 1 / (phase.sx * phase.sy)
+            prefix = "agent_" if phase.name == "agent" else ""
+            strides = f"{prefix}sx={phase.sx}, {prefix}sy={phase.sy}"
+            allowed = f"at most {most:g}, since {strides} keeps one token of every {phase.sx * phase.sy}"
+            _require(self.ratio <= most, "ratio", self.ratio, f"{allowed}; lower the ratio or use larger strides")
+
+    @property
+    def agent(self) -> Phase:
+        return Phase("agent", self.agent_sy, self.agent_sx, self.ratio, self.agent_ratio if self.merge_attn else None)
+
+    @property
+    def merge(self) -> Phase:
+        return Phase("merge", self.sy, self.sx, self.ratio)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that the schedule reaches, in its order."""
+        reached = ((self.agent, self.agent_steps > 0), (self.merge, self.agent_steps < 1))
+        return tuple(phase for phase, holds in reached if holds)
+
+
+def _require(holds: bool, name: str, value: Any, allowed: str, error: type[Exception] = ValueError) -> None:
+    if not holds:
+        raise error(f"{name}={value!r} is not allowed: expected {allowed}.")

@@ -1,0 +1,108 @@
+"""Bipartite soft matching on a token grid (ToMe for Stable Diffusion, Bolya & Hoffman 2023, arXiv 2303.17604).
+
+A matching is data: the group that each token belongs to. `agentsd.merge` needs nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which tokens of a grid are dst and which are src.
+
+    Attributes:
+        order: (N,) grid positions, the dst tokens first, then the src tokens, each in raster order.
+        inverse: (N,) the place of every grid position in ``order``.
+        num_dst: how many of them are dst.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    num_dst: int
+
+    def to(self, device: torch.device) -> Partition:
+        order, inverse = (index.to(device, non_blocking=True) for index in (self.order, self.inverse))
+        return Partition(order, inverse, self.num_dst)
+
+
+def partition(height: int, width: int, sy: int, sx: int, generator: torch.Generator | None = None) -> Partition:
+    """Choose one dst token in every ``sy`` x ``sx`` cell of a ``height`` x ``width`` grid; all others are src.
+
+    Without a generator it is the top-left token of the cell, with one a random token of it, by one draw of shape
+    ``(height // sy, width // sx, 1)``. Rows and columns that the stride leaves over are src.
+    Made on the CPU: no value of it is ever read back from a device.
+    """
+    rows, columns = height // sy, width // sx
+    if generator is None:
+        offset = torch.zeros(rows, columns, dtype=torch.long)
+    else:
+        offset = torch.randint(sy * sx, (rows, columns, 1), generator=generator).squeeze(-1)
+    y = torch.arange(rows)[:, None] * sy + offset // sx
+    x = torch.arange(columns) * sx + offset % sx
+    is_src = torch.ones(height * width, dtype=torch.uint8).index_fill_(0, (y * width + x).flatten(), 0)
+    order = is_src.argsort(stable=True)
+    return Partition(order, order.argsort(), rows * columns)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """An assignment of B x N tokens to B x M groups, numbered through the batch.
+
+    Attributes:
+        group: (B * N,) the group of each token; groups of sample b are ``b * M .. (b + 1) * M - 1``.
+        shape: (B, N, M).
+    """
+
+    group: Tensor
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The best edge of every src token, and their order by similarity: the matchings of all ratios at once.
+
+    Attributes:
+        partition: the tokens that the edges connect.
+        nearest: (B, S) for each src token the dst token most similar to it, as an index below D.
+        ranking: (B, S) src tokens, the most similar to their dst first.
+    """
+
+    partition: Partition
+    nearest: Tensor
+    ranking: Tensor
+
+    def cut(self, r: int) -> Matching:
+        """Merge along the ``r`` best edges: (B, N) tokens into M = N - r groups, one of each dst first."""
+        batch, num_src = self.nearest.shape
+        num_dst, device = self.partition.num_dst, self.nearest.device
+        tokens, groups = num_dst + num_src, num_dst + num_src - r
+        if r == num_src:
+            src_group = self.nearest
+        else:
+            own = torch.arange(num_dst, groups, device=device).expand(batch, -1)
+            ranked = torch.cat((self.nearest.gather(1, self.ranking[:, :r]), own), dim=1)
+            src_group = torch.empty_like(ranked).scatter_(1, self.ranking, ranked)
+        dst_group = torch.arange(num_dst, device=device).expand(batch, -1)
+        group = torch.cat((dst_group, src_group), dim=1).index_select(1, self.partition.inverse)
+        first = torch.arange(batch, device=device)[:, None] * groups
+        return Matching((group + first).flatten(), (batch, tokens, groups))
+
+
+@torch.no_grad()
+def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
+    """Connect each src token to the dst token of largest cosine similarity.
+
+    Args:
+        x: (B, N, C) tokens in raster order, the input of the transformer block before its first norm.
+        partition: of the N tokens, with at least one dst; on the device of ``x``.
+    """
+    x = F.normalize(x, dim=-1).index_select(1, partition.order)
+    dst, src = x[:, : partition.num_dst], x[:, partition.num_dst :]
+    similarity, nearest = (src @ dst.transpose(1, 2)).max(dim=-1)  # (B, S, D) -> (B, S)
+    return Edges(partition, nearest, similarity.argsort(dim=-1, descending=True))

@@ -1,0 +1,144 @@
+"""What a patch does, layer by layer, and what it leaves alone and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from agentsd.config import Counts, Settings
+from agentsd.patch import Patch, patch_of, unet_of
+from agentsd.processor import can_use_agents
+from agentsd.sites import Site, find_sites, grids
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One transformer block.
+
+    Attributes:
+        name: of the block in its UNet.
+        grid: height and width of its tokens.
+        phases: the token counts in each phase that the schedule reaches; empty where the block is not patched.
+        note: why it is not patched, or why it has no agents.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    phases: dict[str, Counts]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Prints as a table; `to_dict` is for programs.
+
+    Attributes:
+        settings: those of the patch; None where there is none.
+        latent_size: that the counts are for: of the last denoiser call, or before it the UNet's own size.
+        layers: every transformer block of the UNet.
+    """
+
+    settings: Settings | None
+    latent_size: tuple[int, int]
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def patched(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<agentsd.Report: {len(self.patched)} of {len(self.layers)} transformer blocks patched>"
+
+    def __str__(self) -> str:
+        if self.settings is None:
+            return "agentsd: not patched."
+        height, width = self.latent_size
+        lines = [
+            f"agentsd: {len(self.patched)} of {len(self.layers)} transformer blocks patched, "
+            f"ratio {self.settings.ratio:g}, for {height}x{width} latents"
+        ]
+        if self.patched:
+            lines += _aligned(
+                [("block", "tokens", *(_heading(self.settings, p) for p in self.patched[0].phases))]
+                + [self._row(layer) for layer in self.patched]
+            )
+        rest: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if not layer.phases:
+                rest.setdefault(layer.note, []).append(layer.name)
+        lines += [f"not patched, {note}: {_listed(names)}" for note, names in rest.items()]
+        return "\n".join(lines)
+
+    def _row(self, layer: LayerReport) -> tuple[str, ...]:
+        height, width = layer.grid
+        cells = [_cell(counts, self.settings) for counts in layer.phases.values()]
+        return layer.name, f"{height}x{width} = {height * width}", *cells, layer.note
+
+
+def _heading(settings: Settings, phase: str) -> str:
+    share = settings.agent_steps if phase == "agent" else 1 - settings.agent_steps
+    name, part = ("agents", "first") if phase == "agent" else ("merging", "last")
+    return f"{name}, {part} {share:.0%} of the steps" if share < 1 else f"{name}, all steps"
+
+
+def _cell(counts: Counts, settings: Settings | None) -> str:
+    if counts.merged == 0:
+        return "unchanged"
+    if settings is not None and not settings.merge_attn:
+        return f"{counts.remaining} tokens"
+    agents = f", {counts.agents} agents" if counts.agents else ""
+    return f"{counts.remaining} tokens{agents} (attention costs {attention_cost(counts):.0%})"
+
+
+def attention_cost(counts: Counts) -> float:
+    """Multiply-adds of the attention products, as a share of unpatched attention's N x N."""
+    m, a = counts.remaining, counts.agents
+    return (2 * m * a if a else m * m) / counts.tokens**2
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    columns = max(map(len, rows))
+    padded = [(*row, *[""] * (columns - len(row))) for row in rows]
+    widths = [max(len(row[i]) for row in padded) for i in range(columns)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in padded]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]} ({len(names)} blocks)"
+
+
+def report(model: Any) -> Report:
+    """What the patch on ``model`` does to each transformer block, at the size it last ran at.
+
+    Raises:
+        TypeError: ``model`` is neither a pipeline with a UNet nor a UNet.
+    """
+    unet, patch = unet_of(model), patch_of(model)
+    if patch is None:
+        return Report(
+            None, (0, 0), tuple(LayerReport(s.name, (0, 0), {}, "there is no patch") for s in find_sites(unet))
+        )
+    level_grids = grids(unet, *patch.latent_size)
+    layers = tuple(_layer(unet, patch, site, level_grids[site.level]) for site in patch.sites)
+    return Report(patch.settings, patch.latent_size, layers)
+
+
+def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerReport:
+    settings = patch.settings
+    if site not in [block.site for block in patch.blocks]:
+        limit = "max_downsample" if settings.max_downsample else "the highest resolution with self-attention"
+        note = site.skip or f"lower resolution (downsampling {site.downsample}) than {limit}"
+        return LayerReport(site.name, grid, {}, note)
+    phases = {phase.name: phase.counts(*grid) for phase in settings.phases}
+    attn, agent = unet.get_submodule(site.name).attn1, phases.get("agent")
+    note = ""
+    if agent is not None and agent.merged and settings.merge_attn:
+        if not can_use_agents(attn):
+            note = f"no agents: {type(attn.processor).__name__} is kept and gets merged tokens"
+            phases["agent"] = Counts(agent.tokens, agent.merged, 0)
+        elif not agent.agents:
+            note = "no agents: too few tokens are merged away for them to be cheaper than attention"
+    return LayerReport(site.name, grid, phases, note)
