@@ -78,4 +78,4 @@ def _heads(attn: Any, projection: Any, x: Tensor) -> Tensor:
 def can_use_agents(attn: Any) -> bool:
     """Whether agent attention can stand in for ``attn``: plain self-attention without extras of its own."""
     extras = attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None
-    return isinstance(attn.processor, (AgentAttnProcessor, *PLAIN_PROCESSORS)) and not extras
+    return type(attn.processor) in (AgentAttnProcessor, *PLAIN_PROCESSORS) and not extras

@@ -33,7 +33,8 @@ class Trajectory:
     def __init__(self, pipeline: Any = None) -> None:
         # weak: a pipeline owns its UNet, and the UNet this; a strong cycle would keep both from being freed at `del`
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
-        self._start = 0
+        self._start = 0  # the position at which PNDM's count began, and whether the timesteps seen so far prove it
+        self._settled = False
         self._timesteps: Tensor | None = None
         self._values: list[float] = []
 
@@ -66,22 +67,27 @@ class Trajectory:
         if getattr(scheduler, "step_index", None) is not None:
             return int(scheduler.step_index)
         done = getattr(scheduler, "counter", 0)  # PNDM's: the calls since the trajectory began, wherever it began
-        if done > 0 and self._timesteps is scheduler.timesteps:
+        if done > 0 and self._settled and self._timesteps is scheduler.timesteps:
             return self._start + done
         begin = getattr(scheduler, "begin_index", None)
-        position = begin if begin is not None else self._look_up(scheduler.timesteps, timestep)
-        if position is not None:
-            self._start = position - done
+        if begin is not None:
+            return int(begin)
+        matches = self._look_up(scheduler.timesteps, timestep)
+        if not matches:
+            return None
+        position = self._start + done if done and self._start + done in matches else matches[0]
+        self._start, self._settled = position - done, len(matches) == 1
         return position
 
-    def _look_up(self, timesteps: Tensor, timestep: Tensor | float) -> int | None:
+    def _look_up(self, timesteps: Tensor, timestep: Tensor | float) -> list[int]:
+        """Every index of a timestep in a schedule: PNDM has its second timestep twice."""
         if self._timesteps is timesteps:
             value = _first(timestep)
         else:  # a new schedule: its values and this one in a single read
             one = torch.as_tensor(timestep, device=timesteps.device).flatten()[:1].to(timesteps.dtype)
             *self._values, value = torch.cat((timesteps, one)).tolist()
             self._timesteps = timesteps
-        return self._values.index(value) if value in self._values else None
+        return [index for index, known in enumerate(self._values) if known == value]
 
 
 def _first(timestep: Tensor | float) -> float:

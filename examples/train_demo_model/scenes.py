@@ -30,8 +30,8 @@ BACKGROUNDS = {
     "gray": (160, 170, 178),
 }
 PLACES = {"": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-SIZES = {"": 92, "small": 60}  # pixels of the emoji on the 128-pixel canvas
-MARGIN = 4
+SIZES = {"": 62, "small": 44}  # pixels of the emoji
+MARGIN = 3
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class Scene:
 class Scenes:
     """Renders scenes from a folder of 64x64 emoji PNGs (``emoji-datasource-google``, ``img/google/64``)."""
 
-    def __init__(self, emoji_folder: Path, things_file: Path = Path(__file__).with_name("things.txt")):
-        lines = [line for line in things_file.read_text().splitlines() if line and not line.startswith("#")]
+    def __init__(self, emoji_folder: Path):
+        lines = [
+            line
+            for line in Path(__file__).with_name("things.txt").read_text().splitlines()
+            if line and not line.startswith("#")
+        ]
         self.files = {name: emoji_folder / f"{code}.png" for code, name in (line.split(" ", 1) for line in lines)}
         missing = [path.name for path in self.files.values() if not path.exists()]
         if missing:
@@ -86,12 +90,12 @@ class Scenes:
         return image.resize((pixels, pixels), Image.Resampling.LANCZOS)
 
     def render(self, scene: Scene, canvas: int = CANVAS) -> Image.Image:
-        """The scene as an RGB image of ``canvas`` x ``canvas`` pixels."""
-        pixels = SIZES[scene.size] * canvas // CANVAS
+        """The scene as an RGB image of ``canvas`` x ``canvas`` pixels; a smaller canvas has less room around it."""
+        pixels = SIZES[scene.size]
         emoji = self.emoji(scene.thing, pixels, scene.mirrored)
         room = (canvas - pixels) // 2
         dx, dy = PLACES[scene.place]
-        step = room - MARGIN * canvas // CANVAS
+        step = room - MARGIN
         image = Image.new("RGB", (canvas, canvas), BACKGROUNDS[scene.background])
         image.paste(emoji, (room + dx * step, room + dy * step), emoji)
         return image

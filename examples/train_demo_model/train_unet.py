@@ -1,6 +1,7 @@
 """Train the demo model's UNet and text encoder together, on cached latents, and save a StableDiffusionPipeline.
 
-Two stages buy views per minute: scenes of 64 pixels (16x16 latents) first, which cost a quarter, then the real 128.
+Two stages buy views per minute: first the things alone, in the middle of 64 pixels (16x16 latents), which costs a
+quarter; then whole scenes of 128 pixels, where the things have the same size and only their places are new.
 Each stage holds its learning rate, then decays it to zero over the last part. Resumes from its checkpoint.
 
     python examples/train_demo_model/train_unet.py --emoji E --vae runs/vae/vae --out runs/unet16 --canvas 64
@@ -10,15 +11,20 @@ Each stage holds its learning rate, then decays it to zero over the last part. R
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
 from scenes import BACKGROUNDS, CANVAS, PLACES, SIZES, Scene, Scenes, to_tensor
@@ -128,7 +134,8 @@ class Data:
     @classmethod
     @torch.no_grad()
     def load(cls, args: argparse.Namespace, scenes: Scenes, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Data:
-        every = [Scene(*x) for x in product(scenes.things, BACKGROUNDS, PLACES, SIZES, (False, True))]
+        places = PLACES if args.canvas == CANVAS else ("",)
+        every = [Scene(*x) for x in product(scenes.things, BACKGROUNDS, places, SIZES, (False, True))]
         trained = [scene for scene in every if not scene.held_out]
         cache = args.vae / f"latents{args.canvas}.pt"
         if not cache.exists():
@@ -142,8 +149,9 @@ class Data:
         return cls(torch.load(cache), captions, names, ids([""]))
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """A tenth without a caption, for guidance, and a tenth with the thing's name alone."""
-        picked = torch.randint(len(self.latents), (size,), generator=generator)
+        """A quarter mirrored; a tenth without a caption, for guidance, and a tenth with the thing's name alone."""
+        mirrored = torch.rand(size, generator=generator) < 0.25
+        picked = 2 * torch.randint(len(self.latents) // 2, (size,), generator=generator) + mirrored
         kind = torch.rand(size, 1, generator=generator)
         ids = torch.where(kind < 0.8, self.captions[picked], self.names[picked])
         return self.latents[picked].float(), torch.where(kind < 0.9, ids, self.empty)

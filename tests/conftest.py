@@ -1,0 +1,126 @@
+"""Tiny models of the real architectures, with random weights."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+ATTENTION_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+UNETS = {
+    "sd15": {"attention_head_dim": 4},
+    "sd21": {"attention_head_dim": (2, 4), "use_linear_projection": True},
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    },
+}
+TEXT_LENGTH, TEXT_CHANNELS, POOLED_CHANNELS = 5, 16, 32
+
+
+def make_unet(kind: str = "sd15", **overrides) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "cross_attention_dim": TEXT_CHANNELS,
+        "norm_num_groups": 8,
+        **ATTENTION_BLOCKS,
+        **UNETS[kind],
+        **overrides,
+    }
+    return UNet2DConditionModel(**config).eval()
+
+
+def make_pipeline(kind: str = "sd15", scheduler=None, **overrides):
+    """A pipeline that takes ``prompt_embeds`` and makes latents."""
+    unet, scheduler = make_unet(kind, **overrides), scheduler or make_scheduler(DDIMScheduler)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+    if kind == "sdxl":
+        pipe = StableDiffusionXLPipeline(
+            vae, None, None, None, None, unet, scheduler, force_zeros_for_empty_prompt=False, add_watermarker=False
+        )
+    else:
+        pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_img2img(scheduler=None) -> StableDiffusionImg2ImgPipeline:
+    parts = make_pipeline(scheduler=scheduler).components
+    pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_scheduler(cls, **config):
+    defaults = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    wanted = {"steps_offset": 1, "clip_sample": False}  # as in Stable Diffusion; pipelines warn without them
+    extra = {name: value for name, value in wanted.items() if name in inspect.signature(cls.__init__).parameters}
+    return cls(**defaults | extra | config)
+
+
+def embeddings(batch: int = 1, *, pooled: bool = False) -> dict[str, torch.Tensor]:
+    """Prompt embeddings for a call of a pipeline."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(batch, *shape, generator=generator)
+    names = ["prompt_embeds", "negative_prompt_embeds"]
+    result = {name: draw(TEXT_LENGTH, TEXT_CHANNELS) for name in names}
+    if pooled:
+        shapes = {name.replace("prompt_", "pooled_prompt_"): draw(POOLED_CHANNELS) for name in names}
+        result |= {name.replace("negative_pooled", "negative_pooled"): x for name, x in shapes.items()}
+    return result
+
+
+def image(pipe, steps: int = 5, seed: int = 0, **kwargs) -> torch.Tensor:
+    """Latents of one image (B, 4, 16, 16)."""
+    pooled = isinstance(pipe, StableDiffusionXLPipeline)
+    arguments = {
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(seed),
+    }
+    return pipe(**embeddings(pooled=pooled), **arguments | kwargs).images
+
+
+def unet_inputs(kind: str = "sd15", batch: int = 2, height: int = 16, width: int = 16, timestep=601) -> dict:
+    """Keyword arguments of a UNet call; every sample differs."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(batch, *shape, generator=generator)
+    inputs = {
+        "sample": draw(4, height, width),
+        "timestep": timestep,
+        "encoder_hidden_states": draw(TEXT_LENGTH, TEXT_CHANNELS),
+    }
+    if kind == "sdxl":
+        inputs["added_cond_kwargs"] = {"text_embeds": draw(POOLED_CHANNELS), "time_ids": torch.ones(batch, 6)}
+    return inputs
+
+
+@pytest.fixture(params=list(UNETS))
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield

@@ -1,0 +1,295 @@
+"""Applying and undoing, what a patch changes, and what it must not."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from conftest import image, make_pipeline, make_unet, unet_inputs
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch.utils._pytree import tree_map_only
+
+import agentsd
+from agentsd.processor import AgentAttnProcessor
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+
+
+def anatomy(unet) -> dict:
+    """Everything a patch could leave behind: processors by identity, hooks, and the attributes of all modules."""
+    return {
+        "processors": {name: id(processor) for name, processor in unet.attn_processors.items()},
+        "hooks": {n: [len(getattr(m, hooks)) for hooks in HOOKS] for n, m in unet.named_modules()},
+        "attributes": {n: sorted(vars(m)) for n, m in unet.named_modules()},
+        "state": list(unet.state_dict()),
+    }
+
+
+SETTINGS = [
+    {},
+    {"agent_steps": 0},
+    {"agent_steps": 1, "use_rand": False},
+    {"merge_crossattn": True, "merge_mlp": True},
+    {"merge_attn": False, "merge_mlp": True},
+    {"max_downsample": 2, "ratio": 0.6},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_removing_restores_everything(kind, settings):
+    unet, inputs = make_unet(kind), unet_inputs(kind)
+    before, plain = anatomy(unet), unet(**inputs).sample
+    assert agentsd.apply_patch(unet, **settings) is unet
+    changed = unet(**inputs).sample
+    assert changed.isfinite().all()
+    assert not torch.equal(changed, plain)
+    torch.testing.assert_close(changed, plain, atol=plain.std().item(), rtol=0)  # near: a perturbation, not noise
+    assert agentsd.remove_patch(unet) is unet
+    assert anatomy(unet) == before
+    assert torch.equal(unet(**inputs).sample, plain)
+
+
+def test_removing_what_is_not_patched_does_nothing():
+    unet = make_unet()
+    before = anatomy(unet)
+    agentsd.remove_patch(unet)
+    assert anatomy(unet) == before
+
+
+def test_a_pipeline_and_its_unet_are_the_same_patch(kind):
+    pipe = make_pipeline(kind)
+    before, plain = anatomy(pipe.unet), image(pipe)
+    agentsd.apply_patch(pipe)
+    assert not torch.equal(image(pipe), plain)
+    agentsd.remove_patch(pipe.unet)
+    assert anatomy(pipe.unet) == before
+    assert torch.equal(image(pipe), plain)
+
+
+def test_applying_twice_replaces():
+    unet, inputs = make_unet(), unet_inputs()
+    before = anatomy(unet)
+    agentsd.apply_patch(unet, ratio=0.5, use_rand=False)
+    once = unet(**inputs).sample
+    hooks = anatomy(unet)["hooks"]
+    agentsd.apply_patch(unet, ratio=0.2, merge_mlp=True)
+    agentsd.apply_patch(unet, ratio=0.5, use_rand=False)
+    assert anatomy(unet)["hooks"] == hooks
+    assert torch.equal(unet(**inputs).sample, once)
+    agentsd.remove_patch(unet)
+    assert anatomy(unet) == before
+
+
+def test_processors_found_in_place_are_kept():
+    unet, inputs = make_unet(), unet_inputs()
+    unet.set_attn_processor(AttnProcessor())
+    before = anatomy(unet)
+    agentsd.apply_patch(unet)
+    wrapped = [p for p in unet.attn_processors.values() if isinstance(p, AgentAttnProcessor)]
+    assert len(wrapped) == 3
+    assert all(type(p.inner) is AttnProcessor for p in wrapped)
+    unet(**inputs)
+    agentsd.remove_patch(unet)
+    assert anatomy(unet) == before
+
+
+def test_ratio_zero_is_bit_equal(kind):
+    unet, inputs = make_unet(kind), unet_inputs(kind)
+    plain = unet(**inputs).sample
+    with pytest.warns(UserWarning, match="changes nothing with ratio=0"):
+        agentsd.apply_patch(unet, ratio=0, merge_crossattn=True, merge_mlp=True)
+    with pytest.warns(UserWarning, match="changes nothing at this size"):
+        assert torch.equal(unet(**inputs).sample, plain)
+
+
+def test_a_patch_that_merges_nothing_warns_once():
+    unet = make_unet()
+    with pytest.warns(UserWarning, match="changes nothing with merge_attn, merge_crossattn and merge_mlp all False"):
+        agentsd.apply_patch(unet, merge_attn=False)
+    agentsd.apply_patch(unet)
+    with pytest.warns(UserWarning, match="changes nothing at this size: ratio=0.4 of the 2x2 latents") as caught:
+        unet(**unet_inputs(height=2, width=2))
+        unet(**unet_inputs(height=2, width=2))
+    assert len(caught) == 1
+
+
+def test_patched_undoes_itself_also_after_an_error():
+    pipe = make_pipeline()
+    before = anatomy(pipe.unet)
+    with pytest.raises(ZeroDivisionError), agentsd.patched(pipe, ratio=0.5) as same:
+        assert same is pipe
+        assert agentsd.report(pipe).settings.ratio == 0.5
+        raise ZeroDivisionError
+    assert anatomy(pipe.unet) == before
+
+
+def test_patched_gives_back_the_patch_that_was_there():
+    pipe = make_pipeline()
+    agentsd.apply_patch(pipe, ratio=0.3, seed=5, merge_mlp=True)
+    expected = image(pipe)
+    with agentsd.patched(pipe.unet, ratio=0.5):
+        assert agentsd.report(pipe).settings.ratio == 0.5
+    assert torch.equal(image(pipe), expected)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), "runwayml/stable-diffusion-v1-5", None], ids=type)
+def test_a_model_with_nothing_to_patch(model):
+    with pytest.raises((TypeError, ValueError), match="expected a diffusers pipeline with a UNet of Stable Diffusion"):
+        agentsd.apply_patch(model)
+
+
+def test_a_resolution_without_attention():
+    with pytest.raises(ValueError, match=r"max_downsample=1 is not allowed.*self-attention at downsampling 2 only"):
+        agentsd.apply_patch(make_unet("sdxl"), max_downsample=1)
+
+
+# Random draws
+
+
+def test_equal_seeds_give_equal_images_and_touch_no_generator():
+    pipe = make_pipeline()
+    agentsd.apply_patch(pipe, seed=3)
+    state = torch.get_rng_state()
+    first = image(pipe)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(image(pipe), first)
+    agentsd.apply_patch(pipe, seed=3)
+    assert torch.equal(image(pipe), first)
+    agentsd.apply_patch(pipe, seed=4)
+    assert not torch.equal(image(pipe), first)
+
+
+def test_without_a_seed_torchs_is_followed():
+    pipe = make_pipeline()
+    agentsd.apply_patch(pipe)
+    torch.manual_seed(1)
+    first = image(pipe)
+    torch.manual_seed(2)
+    assert not torch.equal(image(pipe), first)
+    torch.manual_seed(1)
+    assert torch.equal(image(pipe), first)
+
+
+def test_the_users_generator_is_left_alone():
+    pipe, ours, theirs = make_pipeline(), torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    image(pipe, generator=theirs, eta=0.5)
+    agentsd.apply_patch(pipe)
+    image(pipe, generator=ours, eta=0.5)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+def partitions(unet, timestep) -> list[torch.Tensor]:
+    """The draws of all patched blocks in one call."""
+    unet(**unet_inputs(timestep=timestep))
+    return [block.partition.order.clone() for block in unet._agentsd_patch.blocks]
+
+
+def test_draws_differ_between_steps_and_blocks():
+    unet = agentsd.apply_patch(make_unet(), seed=0)
+    first, second, again = (partitions(unet, timestep) for timestep in (900, 880, 900))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_guidance_as_two_calls_equals_one(kind):
+    unet, inputs = agentsd.apply_patch(make_unet(kind), seed=0), unet_inputs(kind, batch=3)
+    together = unet(**inputs).sample
+    for i in range(3):
+        one = tree_map_only(torch.Tensor, lambda x, i=i: x[i : i + 1], inputs)
+        torch.testing.assert_close(unet(**one).sample, together[i : i + 1], atol=1e-5, rtol=1e-5)
+
+
+# Life with a patch
+
+
+def test_state_and_files_hold_no_trace(tmp_path):
+    unet, inputs = make_unet(), unet_inputs()
+    keys, plain = list(unet.state_dict()), unet(**inputs).sample
+    agentsd.apply_patch(unet)
+    assert list(unet.state_dict()) == keys
+    unet.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert agentsd.report(loaded).settings is None
+    assert torch.equal(loaded(**inputs).sample, plain)
+    assert "agentsd" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_has_a_patch_of_its_own(copied):
+    pipe = make_pipeline()
+    plain = image(pipe)
+    agentsd.apply_patch(pipe, seed=0)
+    expected = image(pipe)
+    twin = copied(pipe)
+    twin.set_progress_bar_config(disable=True)
+    assert torch.equal(image(twin), expected)
+    agentsd.remove_patch(twin)
+    assert torch.equal(image(twin), plain)
+    assert torch.equal(image(pipe), expected)
+    agentsd.remove_patch(pipe)
+    assert torch.equal(image(pipe), plain)
+    assert anatomy(twin.unet)["hooks"] == anatomy(pipe.unet)["hooks"]
+
+
+def test_a_deleted_pipeline_is_freed_at_once():
+    pipe = make_pipeline()
+    agentsd.apply_patch(pipe)
+    image(pipe)
+    unet = weakref.ref(pipe.unet)
+    gc.disable()
+    try:
+        del pipe
+        assert unet() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+def test_half_precision_is_close_to_float32(dtype, tolerance):
+    unet, inputs = agentsd.apply_patch(make_unet(), seed=0), unet_inputs()
+    expected = unet(**inputs).sample
+    half = unet.to(dtype)(**{k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}).sample
+    assert half.dtype == dtype
+    error = (half.float() - expected).square().mean().sqrt() / expected.std()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("size", [(16, 24), (17, 23), (9, 30), (5, 4)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_size_and_batch(kind, size, batch):
+    unet = agentsd.apply_patch(make_unet(kind))
+    out = unet(**unet_inputs(kind, batch, *size)).sample
+    assert out.shape == (batch, 4, *size)
+    assert out.isfinite().all()
+
+
+def test_an_attention_mask_is_obeyed_unmerged():
+    unet, inputs = make_unet(), unet_inputs()
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    x, mask = torch.randn(2, 256, 16), torch.zeros(2, 1, 256)
+    mask[..., 100:] = -10_000
+    context = inputs["encoder_hidden_states"]
+    expected = block(x, attention_mask=mask, encoder_hidden_states=context)
+    agentsd.apply_patch(unet)
+    unet(**inputs)
+    with pytest.warns(UserWarning, match="runs unpatched: its attention mask"):
+        out = block(x, attention_mask=mask, encoder_hidden_states=context)
+    assert torch.equal(out, expected)
+
+
+def test_replaced_processors_are_found_again():
+    unet, inputs = agentsd.apply_patch(make_unet(), use_rand=False), unet_inputs()
+    expected = unet(**inputs).sample
+    unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(unet(**inputs).sample, expected)
+    for attn in [m for n, m in unet.named_modules() if n.endswith("attn1")]:  # as load_ip_adapter does
+        attn.set_processor(type(attn.processor)())
+    assert torch.equal(unet(**inputs).sample, expected)
+    agentsd.remove_patch(unet)
+    assert not any(isinstance(p, AgentAttnProcessor) for p in unet.attn_processors.values())

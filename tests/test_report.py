@@ -1,0 +1,59 @@
+"""The report says what happens."""
+
+import json
+
+from conftest import make_unet, unet_inputs
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+import agentsd
+from agentsd.report import attention_cost
+
+
+def test_an_unpatched_model():
+    report = agentsd.report(make_unet())
+    assert str(report) == "agentsd: not patched."
+    assert repr(report) == "<agentsd.Report: 0 of 4 transformer blocks patched>"
+
+
+def test_table():
+    unet = agentsd.apply_patch(make_unet())
+    report = agentsd.report(unet)
+    text = str(report)
+    assert "3 of 4 transformer blocks patched, ratio 0.4, for 16x16 latents" in text
+    assert "16x16 = 256  154 tokens, 16 agents (attention costs 8%)  154 tokens (attention costs 36%)" in text
+    assert "not patched, lower resolution (downsampling 2)" in text
+    assert max(map(len, text.splitlines())) < 250
+    assert [layer.name.split(".")[0] for layer in report.patched] == ["down_blocks", "up_blocks", "up_blocks"]
+
+
+def test_it_follows_the_size_of_the_last_call():
+    unet = agentsd.apply_patch(make_unet())
+    unet(**unet_inputs(height=20, width=28))
+    assert agentsd.report(unet).latent_size == (20, 28)
+    assert agentsd.report(unet).patched[0].phases["merge"].tokens == 20 * 28
+
+
+def test_where_agents_cannot_be_used_it_says_so():
+    unet = agentsd.apply_patch(make_unet(), agent_ratio=0.5)
+    assert "no agents: too few tokens are merged away" in str(agentsd.report(unet))
+
+    class Custom(AttnProcessor2_0):
+        pass
+
+    unet.set_attn_processor(Custom())
+    text = str(agentsd.report(agentsd.apply_patch(unet)))
+    assert "no agents: Custom is kept and gets merged tokens" in text
+
+
+def test_data():
+    unet = agentsd.apply_patch(make_unet(), agent_steps=0)
+    data = agentsd.report(unet).to_dict()
+    json.dumps(data)
+    assert data["settings"]["ratio"] == 0.4
+    assert data["layers"][0]["phases"]["merge"] == {"tokens": 256, "merged": 102, "agents": 0}
+
+
+def test_cost_is_that_of_the_products():
+    phases = agentsd.report(agentsd.apply_patch(make_unet())).patched[0].phases
+    assert attention_cost(phases["merge"]) == 154**2 / 256**2
+    assert attention_cost(phases["agent"]) == 2 * 154 * 16 / 256**2
