@@ -87,20 +87,17 @@ class Settings:
     merge_mlp: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(self):  # normalised to Python's own types: NumPy's numbers are welcome, too
             value = getattr(self, field.name)
-            if field.type == "bool":
-                _require(isinstance(value, bool), field.name, value, "True or False", error=TypeError)
-            elif field.type == "float":
-                real = isinstance(value, Real) and not isinstance(value, bool)
-                _require(real, field.name, value, "a number", error=TypeError)
-                _require(math.isfinite(value), field.name, value, "a finite number")
-            elif value is not None or field.type == "int":
-                whole = isinstance(value, Integral) and not isinstance(value, bool)
-                _require(whole, field.name, value, "an integer", error=TypeError)
+            if value is not None or field.default is not None:
+                kind = int if field.default is None else type(field.default)
+                object.__setattr__(self, field.name, _converted(kind, field.name, value))
         _require(0 <= self.ratio < 1, "ratio", self.ratio, "0 <= ratio < 1, the share of the tokens to merge")
-        _require(0 <= self.agent_steps <= 1, "agent_steps", self.agent_steps, "0 (never) to 1 (always)")
-        _require(0 <= self.agent_ratio < 1, "agent_ratio", self.agent_ratio, "0 <= agent_ratio < 1")
+        share = "0 (never) to 1 (always), the share of the steps under agent attention"
+        _require(0 <= self.agent_steps <= 1, "agent_steps", self.agent_steps, share)
+        left = "0 <= agent_ratio < 1: what is not merged, 1 - agent_ratio, are the agents"
+        _require(0 <= self.agent_ratio < 1, "agent_ratio", self.agent_ratio, left)
+        _require(self.k_scale2 >= 0, "k_scale2", self.k_scale2, "0 or more, an exponent of the attention scale")
         for name in ("agent_sx", "agent_sy", "sx", "sy"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more: a cell has a token to keep")
         if self.max_downsample is not None:
@@ -116,6 +113,11 @@ class Settings:
             _require(self.ratio <= most, "ratio", self.ratio, f"{allowed}; lower the ratio or use larger strides")
 
     @property
+    def merges(self) -> bool:
+        """Whether anything is merged at all."""
+        return self.ratio > 0 and (self.merge_attn or self.merge_crossattn or self.merge_mlp)
+
+    @property
     def agent(self) -> Phase:
         return Phase("agent", self.agent_sy, self.agent_sx, self.ratio, self.agent_ratio if self.merge_attn else None)
 
@@ -128,6 +130,23 @@ class Settings:
         """The phases that the schedule reaches, in its order."""
         reached = ((self.agent, self.agent_steps > 0), (self.merge, self.agent_steps < 1))
         return tuple(phase for phase, holds in reached if holds)
+
+
+def _converted(kind: type, name: str, value: Any) -> Any:
+    is_bool = isinstance(value, bool) or type(value).__name__ == "bool"  # NumPy's is not Python's
+    allowed = {
+        bool: is_bool,
+        int: isinstance(value, Integral) and not is_bool,
+        float: isinstance(value, Real) and not is_bool,
+    }
+    words = {bool: "True or False", int: "an integer", float: "a number"}
+    _require(allowed[kind], name, value, words[kind], error=TypeError)
+    try:
+        converted = kind(value)
+    except OverflowError:
+        converted = math.inf
+    _require(math.isfinite(converted) if kind is float else True, name, value, "a finite number")
+    return converted
 
 
 def _require(holds: bool, name: str, value: Any, allowed: str, error: type[Exception] = ValueError) -> None:

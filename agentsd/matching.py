@@ -27,6 +27,8 @@ class Partition:
     num_dst: int
 
     def to(self, device: torch.device) -> Partition:
+        if self.order.device == device:
+            return self
         order, inverse = (index.to(device, non_blocking=True) for index in (self.order, self.inverse))
         return Partition(order, inverse, self.num_dst)
 

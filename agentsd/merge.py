@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from agentsd.matching import Matching
 
 
 def merge(x: Tensor, matching: Matching) -> Tensor:
-    """The mean of each group: (B, N, C) -> (B, M, C). A token that is alone in its group is untouched."""
+    """The mean of each group: (B, N, C) -> (B, M, C). A token that is alone in its group is untouched.
+
+    Sums are taken in float32 at least: bfloat16 cannot count beyond 256, and a flat background is a larger group.
+    """
     batch, tokens, groups = matching.shape
-    group = matching.group
-    sums = x.new_zeros(batch * groups, x.shape[-1]).index_add(0, group, x.reshape(batch * tokens, -1))
-    sizes = x.new_zeros(batch * groups).index_add(0, group, x.new_ones(1).expand(batch * tokens))
-    return (sums / sizes[:, None]).view(batch, groups, -1)
+    rows = x.reshape(batch * tokens, -1).to(torch.promote_types(x.dtype, torch.float32))
+    sums = rows.new_zeros(batch * groups, rows.shape[-1]).index_add(0, matching.group, rows)
+    sizes = rows.new_zeros(batch * groups, 1).index_add(0, matching.group, rows.new_ones(len(rows), 1))
+    return (sums / sizes).to(x.dtype).view(batch, groups, -1)
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:

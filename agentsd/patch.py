@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from agentsd.block import PatchedBlock, unwrap_processor, wrap_processor
-from agentsd.config import Phase, Settings
+from agentsd.block import PatchedBlock
+from agentsd.config import Settings
 from agentsd.matching import partition
 from agentsd.schedule import Trajectory
 from agentsd.sites import Site, find_sites, grids
@@ -33,26 +33,21 @@ class Patch:
     into src and dst tokens.
     """
 
-    def __init__(self, unet: nn.Module, settings: Settings, pipeline: Any = None) -> None:
+    def __init__(self, unet: nn.Module, sites: list[Site], settings: Settings, pipeline: Any = None) -> None:
         self.settings = settings
         self.trajectory = Trajectory(pipeline)
-        self.sites = find_sites(unet)
+        self.sites = sites
         self.blocks = [PatchedBlock(site, settings) for site in selected(self.sites, settings)]
         self.latent_size = _sample_size(unet)
         self._plan: tuple[Any, ...] | None = None
         self._warned: set[tuple[int, int]] = set()
         self._handles = [unet.register_forward_pre_hook(self._before_call, with_kwargs=True)]
         for patched_block in self.blocks:
-            block = unet.get_submodule(patched_block.site.name)
-            self._handles += patched_block.attach(block)
-            if settings.merge_attn:
-                wrap_processor(block.attn1)
+            self._handles += patched_block.attach(unet.get_submodule(patched_block.site.name))
 
-    def remove(self, unet: nn.Module) -> None:
+    def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in unet.modules():
-            unwrap_processor(module)
 
     def _before_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample: Tensor = args[0] if args else kwargs["sample"]
@@ -61,39 +56,34 @@ class Patch:
         height, width = sample.shape[-2:]
         self.latent_size = (height, width)
         step, phase = None, settings.phases[0]
-        if settings.use_rand or len(settings.phases) > 1:
+        if self.blocks and (settings.use_rand or len(settings.phases) > 1):
             moment = self.trajectory.locate(timestep)
             step = moment.step if settings.use_rand else None
             phase = settings.agent if moment.within_first(settings.agent_steps) else settings.merge
         seed = torch.initial_seed() if settings.seed is None and settings.use_rand else settings.seed
-        plan = (height, width, phase, step, seed, sample.device)
+        plan = (height, width, phase, step, seed)
         if plan != self._plan:
-            self._plan_call(grids(unet, height, width), phase, step, seed, sample.device)
             self._plan = plan
-        if (height, width) not in self._warned and not any(block.counts.merged for block in self.blocks):
-            self._warned.add((height, width))
+            level_grids = grids(unet, height, width)
+            for index, block in enumerate(self.blocks):
+                grid = level_grids[block.site.level]
+                block.counts = phase.counts(*grid)
+                generator = None if step is None else _generator(seed, step, index)
+                block.partition = partition(*grid, phase.sy, phase.sx, generator) if block.counts.merged else None
+            self._warn_where_nothing_merges(level_grids)
+
+    def _warn_where_nothing_merges(self, level_grids: list[tuple[int, int]]) -> None:
+        size, patched_levels = level_grids[0], {block.site.level for block in self.blocks}
+        merging = any(
+            phase.counts(*level_grids[level]).merged for phase in self.settings.phases for level in patched_levels
+        )
+        if self.blocks and not merging and size not in self._warned:
+            self._warned.add(size)
             warnings.warn(
-                f"agentsd changes nothing at this size: ratio={settings.ratio:g} of the {height}x{width} latents, in "
-                f"cells of {phase.sy}x{phase.sx}, merges no token. Use a larger image, a larger ratio, or smaller "
-                "strides.",
+                f"agentsd changes nothing at this size: ratio={self.settings.ratio:g} of {size[0]}x{size[1]} latents "
+                "merges no token. Use a larger image, a larger ratio, or smaller strides.",
                 stacklevel=2,
             )
-
-    def _plan_call(
-        self,
-        level_grids: list[tuple[int, int]],
-        phase: Phase,
-        step: int | None,
-        seed: int | None,
-        device: torch.device,
-    ) -> None:
-        for index, block in enumerate(self.blocks):
-            grid = level_grids[block.site.level]
-            block.counts = phase.counts(*grid)
-            block.partition = None
-            if block.counts.merged:
-                generator = None if step is None else _generator(seed, step, index)
-                block.partition = partition(*grid, phase.sy, phase.sx, generator).to(device)
 
 
 def _generator(seed: int | None, step: int, index: int) -> torch.Generator:
@@ -104,7 +94,7 @@ def _generator(seed: int | None, step: int, index: int) -> torch.Generator:
 
 def selected(sites: list[Site], settings: Settings) -> list[Site]:
     """The sites that ``settings`` patch: by default those of the highest resolution that has self-attention."""
-    usable = [site for site in sites if not site.skip]
+    usable = [site for site in sites if not site.skip] if settings.merges else []
     limit = settings.max_downsample or min((site.downsample for site in usable), default=0)
     return [site for site in usable if site.downsample <= limit]
 
@@ -200,27 +190,27 @@ def apply_patch(
     )
     unet = unet_of(model)
     sites = find_sites(unet)
-    if not selected(sites, settings):
-        found = {site.downsample for site in sites if not site.skip}
-        if found:
-            raise ValueError(
-                f"max_downsample={max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
-                f"downsampling {', '.join(map(str, sorted(found)))} only; give one of these, or None."
-            )
-        raise ValueError(f"{type(model).__name__} has no attention layer to patch: expected {SUPPORTED}.")
-    if ratio == 0 or not (merge_attn or merge_crossattn or merge_mlp):
+    found = sorted({site.downsample for site in sites if not site.skip})
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no self-attention to patch: expected {SUPPORTED}.")
+    if max_downsample is not None and max_downsample < found[0]:
+        raise ValueError(
+            f"max_downsample={max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
+            f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
+        )
+    if not settings.merges:
         given = "ratio=0" if ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=2)
     remove_patch(model)
-    setattr(unet, ATTRIBUTE, Patch(unet, settings, model if model is not unet else None))
+    setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, model if model is not unet else None))
     return model
 
 
 def remove_patch(model: Model) -> Model:
-    """Undo `apply_patch`, in place: every processor is the object it was, and no hook is left. Returns ``model``."""
+    """Undo `apply_patch`, in place: no hook and no attribute of it is left. Returns ``model``, patched or not."""
     patch = patch_of(model)
     if patch is not None:
-        patch.remove(unet_of(model))
+        patch.remove()
         delattr(unet_of(model), ATTRIBUTE)
     return model
 

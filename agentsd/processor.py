@@ -1,8 +1,8 @@
-"""The attention processor of a patched self-attention layer."""
+"""Agent attention as a diffusers attention processor."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from diffusers.models import attention_processor as diffusers_processors
 from torch import Tensor
@@ -24,25 +24,33 @@ PLAIN_PROCESSORS = tuple(
 )
 
 
-class Agents(NamedTuple):
-    """The agents of one attention call: (B, A, C) tokens, before projection, and the constants of the formula."""
-
-    tokens: Tensor
-    k_scale2: float
-    k_shortcut: float
+def can_use_agents(attn: Any) -> bool:
+    """Whether agent attention can stand in for ``attn``: plain self-attention without extras of its own."""
+    extras = attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None
+    return type(attn.processor) in PLAIN_PROCESSORS and not extras
 
 
 class AgentAttnProcessor:
-    """Agent attention while `agents` is set, else the processor that was found in place.
+    """Agent attention for a single call of an attention layer.
+
+    It puts the layer's own processor back before it computes, so that between calls, and after any error, each layer
+    has the very processor that its user gave it: what diffusers does to processors (adapters, fusing, slicing, other
+    back ends) works as without a patch, and there is nothing to undo.
 
     Args:
-        inner: the processor found in place. None, which diffusers passes where it rebuilds processors by their type
-            (`load_ip_adapter`), means diffusers' default one.
+        agents: (B, A, C) agent tokens, before projection.
+        k_scale2, k_shortcut: the constants of `agent_attention`.
     """
 
-    def __init__(self, inner: Any = None) -> None:
-        self.inner = inner if inner is not None else diffusers_processors.AttnProcessor2_0()
-        self.agents: Agents | None = None
+    def __init__(self, agents: Tensor, k_scale2: float, k_shortcut: float) -> None:
+        self.agents = agents
+        self.k_scale2 = k_scale2
+        self.k_shortcut = k_shortcut
+        self._own: Any = None
+
+    def take_over(self, attn: Any) -> None:
+        """Compute the next call of ``attn``."""
+        self._own, attn.processor = attn.processor, self
 
     def __call__(
         self,
@@ -51,31 +59,21 @@ class AgentAttnProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, M, C) -> (B, M, C): ``hidden_states`` has been merged already, and the caller unmerges."""
-        output: Tensor
-        if self.agents is None:
-            output = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask)
-            return output
-        tokens, k_scale2, k_shortcut = self.agents
-        query, agents = _heads(attn, attn.to_q, hidden_states), _heads(attn, attn.to_q, tokens)
-        key, value = _heads(attn, attn.to_k, hidden_states), _heads(attn, attn.to_v, hidden_states)
+        """(B, M, C) merged tokens -> (B, M, C)."""
+        attn.processor = self._own
+        query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(self.agents))
+        key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
         if attn.norm_q is not None:
             query, agents = attn.norm_q(query), attn.norm_q(agents)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        merged = agent_attention(query, key, value, agents, k_scale2=k_scale2, k_shortcut=k_shortcut)
-        merged = merged.transpose(1, 2).flatten(2)  # (B, H, M, d) -> (B, M, H * d)
-        projection, dropout = attn.to_out
-        output = dropout(projection(merged)) / attn.rescale_output_factor
-        return output
+        output = agent_attention(query, key, value, agents, k_scale2=self.k_scale2, k_shortcut=self.k_shortcut)
+        output = output.transpose(1, 2).flatten(2)  # (B, H, M, d) -> (B, M, H * d)
+        for layer in attn.to_out:  # projection and dropout
+            output = layer(output)
+        return output.div(attn.rescale_output_factor)
 
 
-def _heads(attn: Any, projection: Any, x: Tensor) -> Tensor:
-    heads: Tensor = projection(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, M, C) -> (B, H, M, d)
-    return heads
-
-
-def can_use_agents(attn: Any) -> bool:
-    """Whether agent attention can stand in for ``attn``: plain self-attention without extras of its own."""
-    extras = attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None
-    return type(attn.processor) in (AgentAttnProcessor, *PLAIN_PROCESSORS) and not extras
+def _heads(attn: Any, x: Tensor) -> Tensor:
+    batch, tokens, _ = x.shape
+    return x.view(batch, tokens, attn.heads, -1).transpose(1, 2)  # (B, M, H * d) -> (B, H, M, d)

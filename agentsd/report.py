@@ -80,7 +80,8 @@ class Report:
 
 def _heading(settings: Settings, phase: str) -> str:
     share = settings.agent_steps if phase == "agent" else 1 - settings.agent_steps
-    name, part = ("agents", "first") if phase == "agent" else ("merging", "last")
+    part = "first" if phase == "agent" else "last"
+    name = "agents" if phase == "agent" and settings.merge_attn else "merging"
     return f"{name}, {part} {share:.0%} of the steps" if share < 1 else f"{name}, all steps"
 
 
@@ -131,12 +132,16 @@ def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerR
     if site not in [block.site for block in patch.blocks]:
         limit = "max_downsample" if settings.max_downsample else "the highest resolution with self-attention"
         note = site.skip or f"lower resolution (downsampling {site.downsample}) than {limit}"
+        if not settings.merges:
+            note = "nothing is to be merged"
         return LayerReport(site.name, grid, {}, note)
     phases = {phase.name: phase.counts(*grid) for phase in settings.phases}
     attn, agent = unet.get_submodule(site.name).attn1, phases.get("agent")
     note = ""
-    if agent is not None and agent.merged and settings.merge_attn:
-        if not can_use_agents(attn):
+    if agent is not None and agent.merged:
+        if not settings.merge_attn:
+            note = "no agents: self-attention is not merged"
+        elif not can_use_agents(attn):
             note = f"no agents: {type(attn.processor).__name__} is kept and gets merged tokens"
             phases["agent"] = Counts(agent.tokens, agent.merged, 0)
         elif not agent.agents:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import PNDMScheduler
 from torch import Tensor
 
 
@@ -24,37 +26,47 @@ class Moment(NamedTuple):
 class Trajectory:
     """Locates denoiser calls in the trajectory of a pipeline's scheduler, whichever scheduler it holds at the time.
 
-    Nothing is counted here, so an interrupted image leaves nothing behind. A scheduler that keeps an index in Python
-    is asked for that, and the device for nothing; with the others (DDIM, DDPM) the timestep is looked up, which reads
-    one value from its device. Without a scheduler, or for a timestep that its schedule does not hold, the trajectory
-    is that of the training timesteps.
+    The scheduler's own index tells where a call is, and the device is asked for nothing. Schedulers without one (DDIM,
+    DDPM) have the timestep looked up, which reads one value from its device. Without a scheduler, or for a timestep
+    that its schedule does not hold, the trajectory is that of the training timesteps.
     """
 
     def __init__(self, pipeline: Any = None) -> None:
-        # weak: a pipeline owns its UNet, and the UNet this; a strong cycle would keep both from being freed at `del`
+        # weak: a pipeline owns its UNet, and the UNet this; a cycle would keep both alive after `del pipeline`
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
+        self._scheduler: Any = getattr(pipeline, "scheduler", None)
+        self._timesteps: Tensor | None = None  # the schedule last looked into, and its values
+        self._values: list[float] = []
         self._start = 0  # the position at which PNDM's count began, and whether the timesteps seen so far prove it
         self._settled = False
-        self._timesteps: Tensor | None = None
-        self._values: list[float] = []
 
     @property
     def pipeline(self) -> Any:
+        """The pipeline that was patched, while it lives."""
         return self._pipeline() if self._pipeline is not None else None
 
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler, or the last one it had, where another pipeline has taken over its parts."""
+        self._scheduler = getattr(self.pipeline, "scheduler", self._scheduler)
+        return self._scheduler
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"pipeline": self.pipeline}
+        return {"scheduler": self.scheduler}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Trajectory.__init__(self, state["pipeline"])
+        Trajectory.__init__(self)
+        self._scheduler = state["scheduler"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trajectory:
-        """Follows the copy of the pipeline; in the copy of a UNet alone there is no pipeline to follow."""
-        return Trajectory(memo.get(id(self.pipeline)) if self.pipeline is not None else None)
+        """Follows the copy of the pipeline where that is what is being copied."""
+        copied = Trajectory(memo.get(id(self.pipeline)))
+        copied._scheduler = copy.deepcopy(self.scheduler, memo)
+        return copied
 
     def locate(self, timestep: Tensor | float) -> Moment:
         """The moment of a call with ``timestep``, in the scheduler's state before it. Of a batch, the first counts."""
-        scheduler: Any = getattr(self.pipeline, "scheduler", None)
+        scheduler = self.scheduler
         if getattr(scheduler, "timesteps", None) is not None:
             position = self._position(scheduler, timestep)
             if position is not None and position < len(scheduler.timesteps):
@@ -66,7 +78,8 @@ class Trajectory:
         """The index of this call in ``scheduler.timesteps``."""
         if getattr(scheduler, "step_index", None) is not None:
             return int(scheduler.step_index)
-        done = getattr(scheduler, "counter", 0)  # PNDM's: the calls since the trajectory began, wherever it began
+        # PNDM counts the calls since the trajectory began, wherever it began
+        done = scheduler.counter if isinstance(scheduler, PNDMScheduler) else 0
         if done > 0 and self._settled and self._timesteps is scheduler.timesteps:
             return self._start + done
         begin = getattr(scheduler, "begin_index", None)
@@ -84,23 +97,20 @@ class Trajectory:
         if self._timesteps is timesteps:
             value = _first(timestep)
         else:  # a new schedule: its values and this one in a single read
-            one = torch.as_tensor(timestep, device=timesteps.device).flatten()[:1].to(timesteps.dtype)
-            *self._values, value = torch.cat((timesteps, one)).tolist()
+            one = torch.as_tensor(timestep, device=timesteps.device).flatten()[:1]
+            *self._values, value = torch.cat((timesteps.float(), one.float())).tolist()
             self._timesteps = timesteps
         return [index for index, known in enumerate(self._values) if known == value]
 
 
 def _first(timestep: Tensor | float) -> float:
-    return timestep.flatten()[0].item() if isinstance(timestep, Tensor) else timestep
+    return timestep.flatten()[0].float().item() if isinstance(timestep, Tensor) else timestep
 
 
 def _steps(scheduler: Any, position: int) -> Moment:
-    """From calls to steps: of ``order`` calls each, or one each where all calls beyond the steps belong to the first.
-
-    The second is PNDM, which evaluates its second timestep twice.
-    """
+    """From calls to steps. A step is ``order`` calls, but PNDM's first step has all the calls that it makes beyond."""
     calls, order = len(scheduler.timesteps), scheduler.order
+    extra = calls - scheduler.num_inference_steps if isinstance(scheduler, PNDMScheduler) else 0
     if order > 1:
         return Moment(position // order, math.ceil(calls / order))
-    steps = min(getattr(scheduler, "num_inference_steps", None) or calls, calls)
-    return Moment(max(position - (calls - steps), 0), steps)
+    return Moment(max(position - extra, 0), calls - extra)

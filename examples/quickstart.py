@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -44,7 +45,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="default: quickstart.png")
     parser.add_argument("--no-real-size", action="store_true", help="skip the timing at Stable Diffusion 1.5's size")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: give 1 or more")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    return args
 
 
 def default_device() -> str:
@@ -136,11 +142,15 @@ def main() -> None:
     args = parse_args()
     demo = args.model == str(DEMO_MODEL)
     args.prompt = args.prompt or DEMO_PROMPTS
-    pipe = DiffusionPipeline.from_pretrained(
-        args.model, torch_dtype=torch.float32 if args.device == "cpu" else torch.float16
-    ).to(args.device)
+    try:
+        dtype = torch.float32 if args.device == "cpu" else torch.float16
+        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
+        with agentsd.patched(pipe, ratio=args.ratio):
+            generate(pipe, args, "warm-up", steps=1)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"quickstart: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
 
-    generate(pipe, args, "warm-up", steps=1)
     plain, plain_seconds = generate(pipe, args, "unpatched", args.steps)
     agentsd.apply_patch(pipe, ratio=args.ratio)
     patched, patched_seconds = generate(pipe, args, "agentsd", args.steps)

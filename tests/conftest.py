@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+ROOT = Path(__file__).parent.parent
 ATTENTION_BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -85,8 +87,7 @@ def embeddings(batch: int = 1, *, pooled: bool = False) -> dict[str, torch.Tenso
     names = ["prompt_embeds", "negative_prompt_embeds"]
     result = {name: draw(TEXT_LENGTH, TEXT_CHANNELS) for name in names}
     if pooled:
-        shapes = {name.replace("prompt_", "pooled_prompt_"): draw(POOLED_CHANNELS) for name in names}
-        result |= {name.replace("negative_pooled", "negative_pooled"): x for name, x in shapes.items()}
+        result |= {name.replace("prompt", "pooled_prompt"): draw(POOLED_CHANNELS) for name in names}
     return result
 
 

@@ -18,10 +18,12 @@ WRONG_VALUES = [
     ({"ratio": 0.94, "agent_steps": 1}, "at most 0.9375.*agent_sx=4"),
     ({"ratio": 0.1, "sx": 1, "sy": 1}, "at most 0,"),
     ({"ratio": math.nan}, "finite"),
+    ({"ratio": 10**400}, "finite"),
     ({"k_scale2": math.inf}, "finite"),
+    ({"k_scale2": -0.1}, "0 or more"),
     ({"k_shortcut": -math.inf}, "finite"),
     ({"agent_steps": 1.1}, "never.*always"),
-    ({"agent_ratio": 1}, "0 <= agent_ratio < 1"),
+    ({"agent_ratio": 1.0}, "0 <= agent_ratio < 1"),
     ({"sx": 0}, "1 or more"),
     ({"agent_sy": -2}, "1 or more"),
     ({"max_downsample": 3}, "1, 2, 4, 8 or None"),
@@ -58,7 +60,14 @@ def test_wrong_types(arguments):
 
 
 def test_numpy_numbers_are_numbers():
-    Settings(ratio=np.float32(0.5), sx=np.int64(2))
+    settings = Settings(ratio=np.float32(0.5), sx=np.int64(2), use_rand=np.bool_(False), seed=np.uint8(3))
+    assert settings == Settings(ratio=0.5, sx=2, use_rand=False, seed=3)
+    assert [type(x) for x in (settings.ratio, settings.sx, settings.use_rand, settings.seed)] == [
+        float,
+        int,
+        bool,
+        int,
+    ]
 
 
 def test_a_phase_that_is_never_reached_sets_no_limit():

@@ -10,7 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from safetensors import safe_open
 
 import agentsd
-from agentsd.block import PatchedBlock, wrap_processor
+from agentsd.block import PatchedBlock
 from agentsd.config import Settings
 from agentsd.matching import partition
 from agentsd.sites import Site
@@ -55,7 +55,6 @@ def test_block(name):
     (phase,) = settings.phases
     patched = PatchedBlock(Site("block", 0), settings)
     patched.attach(block)
-    wrap_processor(block.attn1)
     generator = torch.Generator().manual_seed(case["seed"]) if case["seed"] is not None else None
     patched.counts = phase.counts(case["height"], case["width"])
     patched.partition = partition(case["height"], case["width"], phase.sy, phase.sx, generator)

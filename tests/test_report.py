@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from conftest import make_unet, unet_inputs
 from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -40,8 +41,9 @@ def test_where_agents_cannot_be_used_it_says_so():
     class Custom(AttnProcessor2_0):
         pass
 
+    unet = agentsd.apply_patch(make_unet())
     unet.set_attn_processor(Custom())
-    text = str(agentsd.report(agentsd.apply_patch(unet)))
+    text = str(agentsd.report(unet))
     assert "no agents: Custom is kept and gets merged tokens" in text
 
 
@@ -57,3 +59,12 @@ def test_cost_is_that_of_the_products():
     phases = agentsd.report(agentsd.apply_patch(make_unet())).patched[0].phases
     assert attention_cost(phases["merge"]) == 154**2 / 256**2
     assert attention_cost(phases["agent"]) == 2 * 154 * 16 / 256**2
+
+
+def test_it_says_what_is_not_merged():
+    with pytest.warns(UserWarning, match="changes nothing"):
+        unet = agentsd.apply_patch(make_unet(), merge_attn=False)
+    assert "0 of 4 transformer blocks patched" in str(agentsd.report(unet))
+    text = str(agentsd.report(agentsd.apply_patch(make_unet(), merge_attn=False, merge_mlp=True)))
+    assert "merging, first 40% of the steps" in text
+    assert "no agents: self-attention is not merged" in text

@@ -1,7 +1,6 @@
 """Which denoiser calls are under agent attention, through real pipelines and schedulers."""
 
 import copy
-import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,8 +8,10 @@ import diffusers
 import pytest
 import torch
 from conftest import image, make_img2img, make_pipeline, make_scheduler, unet_inputs
+from diffusers import StableDiffusionPipeline
 
 import agentsd
+from agentsd.processor import AgentAttnProcessor
 from agentsd.schedule import Moment, Trajectory
 
 SCHEDULERS = {
@@ -38,14 +39,15 @@ CALLS_OF_A_STEP = {"Heun": 2, "KDPM2": 2, "DPM++ SDE": 2}
 class Recorder:
     """The phase of every denoiser call, seen from inside the first patched attention layer."""
 
-    def __init__(self, pipe):
+    def __init__(self, pipe, tokens: int = 256):
         self.phases: list[str] = []
+        self.tokens = tokens
         attn = next(module for name, module in pipe.unet.named_modules() if name.endswith("attn1"))
         attn.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, attn, args, kwargs):
-        merged = args[0].shape[1] < 256
-        agents = getattr(attn.processor, "agents", None) is not None
+        merged = args[0].shape[1] < self.tokens
+        agents = isinstance(attn.processor, AgentAttnProcessor)
         self.phases.append("agent" if agents else "merge" if merged else "plain")
 
     def take(self) -> Counter:
@@ -146,6 +148,40 @@ def test_a_copied_pipeline_follows_its_own_scheduler():
     assert recorder.take() == {"agent": 4, "merge": 6}
 
 
+@pytest.mark.parametrize("name", ["DDPM", "Euler", "DPM++ 2M", "LCM", "Heun"])
+def test_custom_timesteps_after_a_plain_image(name):
+    pipe, recorder = patched_pipeline(name)
+    image(pipe, steps=50)
+    recorder.take()
+    image(pipe, steps=None, timesteps=[999, 850, 700, 610, 400, 300, 200, 150, 60, 10])
+    calls = CALLS_OF_A_STEP.get(name, 1)
+    assert recorder.take() == {"agent": 4 * calls, "merge": 6 * calls - (calls - 1)}
+
+
+@pytest.mark.parametrize("name", ["DDIM", "Euler", "Heun"])
+def test_sdxl_and_a_part_of_its_trajectory(name):
+    cls, config = SCHEDULERS[name]
+    pipe = make_pipeline("sdxl", make_scheduler(cls, **config))
+    agentsd.apply_patch(pipe)
+    recorder = Recorder(pipe, tokens=64)
+    calls = CALLS_OF_A_STEP.get(name, 1)
+    image(pipe, steps=10)
+    assert recorder.take() == {"agent": 4 * calls, "merge": 6 * calls - (calls - 1)}
+    image(pipe, steps=10, denoising_end=0.5)  # a base model that leaves the rest to a refiner
+    seen = recorder.take()
+    assert seen["agent"] == 4 * calls
+    assert 0 < seen["merge"] <= 2 * calls
+
+
+def test_a_pipeline_that_takes_over_the_parts():
+    pipe, _ = patched_pipeline("DPM++ 2M")
+    pipe = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    recorder = Recorder(pipe)
+    image(pipe, steps=None, timesteps=[999, 850, 700, 610, 400, 300, 200, 150, 60, 10])
+    assert recorder.take() == {"agent": 4, "merge": 6}
+
+
 def test_a_bare_unet_goes_by_the_timestep():
     pipe, recorder = patched_pipeline("DDIM")
     unet = agentsd.apply_patch(pipe.unet, agent_steps=0.4)
@@ -194,4 +230,4 @@ def test_steps_of_a_moment():
         for share in shares:
             inside = sum(Moment(i, steps).within_first(share) for i in range(steps))
             assert abs(inside - share * steps) <= 0.5 + 1e-9
-            assert math.isclose(share % 1, 0) is (share in (0, 1))
+            assert share not in (0, 1) or inside == share * steps

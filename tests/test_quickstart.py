@@ -1,0 +1,98 @@
+"""The README's first command, with fewer steps, and the demo model it uses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageChops
+
+import agentsd
+
+DEMO_MODEL = ROOT / "examples" / "demo_model"
+EXAMPLES = ROOT / "examples"
+
+
+def quickstart(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--no-real-size", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_quickstart(tmp_path):
+    picture = tmp_path / "out.png"
+    prompts = ["red apple on a blue background", "cat on a pink background"]
+    result = quickstart("--steps", "3", "--prompt", *prompts, "--out", str(picture))
+    assert result.returncode == 0, result.stderr
+    for words in ("2 images of 128x128, 3 steps", "speed-up", "PSNR to unpatched", "transformer blocks patched"):
+        assert words in result.stdout
+    sheet = Image.open(picture).convert("RGB")
+    left, right = (sheet.crop((8 + i * 200, 0, 200 + i * 200, sheet.height)) for i in range(2))
+    assert ImageChops.difference(left, right).getbbox() is not None  # two prompts, two columns
+    top, bottom = (sheet.crop((0, row * 218 + 26, sheet.width, row * 218 + 218)) for row in range(2))
+    assert ImageChops.difference(top, bottom).getbbox() is not None  # the patch changes something
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ratio", "0.9"], "ratio=0.9 is not allowed"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--out", "no/such/folder/out.png"], "no/such/folder"),
+        (["--steps", "0"], "--steps"),
+    ],
+)
+def test_wrong_arguments_are_said_in_one_line(arguments, message):
+    result = quickstart(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def demo() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_demo_model_is_a_small_stable_diffusion(demo):
+    assert sum(f.stat().st_size for f in DEMO_MODEL.rglob("*")) <= 25e6
+    assert not [f for f in DEMO_MODEL.rglob("*") if f.suffix in (".bin", ".pt", ".ckpt")]
+    scheduler = demo.scheduler.config
+    assert (scheduler.prediction_type, scheduler.beta_schedule) == ("epsilon", "scaled_linear")
+    layers = agentsd.report(agentsd.apply_patch(demo)).patched
+    agentsd.remove_patch(demo)
+    assert len(layers) == 3
+    assert all(layer.phases["merge"].tokens >= 1024 and layer.phases["agent"].agents for layer in layers)
+
+
+def test_guidance_steers_the_demo_model(demo):
+    """The same seed under two captions: what the captions say of the background is what differs."""
+    colours = {}
+    for background in ("pink", "blue"):
+        generator = torch.Generator().manual_seed(0)
+        caption = f"red apple on a {background} background"
+        image = demo(caption, num_inference_steps=12, guidance_scale=5.0, generator=generator).images[0]
+        colours[background] = [image.getpixel((x, y)) for x in (8, 120) for y in (8, 120)]
+    for pink, blue in zip(colours["pink"], colours["blue"], strict=True):
+        assert pink[0] > blue[0] + 40  # red
+        assert blue[2] > pink[2] + 10  # blue
+
+
+def test_the_model_card_gives_the_evaluation(demo):
+    evaluation = json.loads((DEMO_MODEL / "evaluation.json").read_text())
+    card = (DEMO_MODEL / "README.md").read_text()
+    for part in ("trained scenes", "unseen combinations"):
+        for method in ("unpatched", "agentsd"):
+            assert f"{evaluation[part][method]:.0%}" in card, (part, method)
+
+
+def test_things_have_short_names():
+    lines = (EXAMPLES / "train_demo_model" / "things.txt").read_text().splitlines()
+    names = [line.split(" ", 1)[1] for line in lines if not line.startswith("#")]
+    assert 100 <= len(names) <= 150
+    assert len(set(names)) == len(names)
+    assert max(len(name.split()) for name in names) <= 3
