@@ -10,6 +10,7 @@ import torch
 from conftest import image, make_pipeline, make_unet, unet_inputs
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import agentsd
@@ -197,6 +198,35 @@ def test_guidance_as_two_calls_equals_one(kind):
     for i in range(3):
         one = tree_map_only(torch.Tensor, lambda x, i=i: x[i : i + 1], inputs)
         torch.testing.assert_close(unet(**one).sample, together[i : i + 1], atol=1e-5, rtol=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that would make a GPU's host wait for a value."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masked = func.__name__.startswith("index.") and any(x.dtype == torch.bool for x in args[1] if x is not None)
+        self.count += masked or func.__name__.split(".")[0] in self.waiting
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("agent_steps", [0, 1])
+def test_no_value_is_read_back_from_the_device(kind, agent_steps):
+    unet, inputs = make_unet(kind), unet_inputs(kind)
+    with Reads() as unpatched:
+        unet(**inputs)
+    agentsd.apply_patch(unet, agent_steps=agent_steps, merge_crossattn=True, merge_mlp=True)
+    with Reads() as patched:
+        unet(**inputs)
+    assert patched.count == unpatched.count
+    with Reads() as reads:
+        bool(inputs["sample"].sum() > 0), inputs["sample"][inputs["sample"] > 0], inputs["sample"].nonzero()
+    assert reads.count == 3  # it does see them
 
 
 # Life with a patch
