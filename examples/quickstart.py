@@ -26,11 +26,11 @@ import agentsd
 DEMO_MODEL = Path(__file__).with_name("demo_model")
 DEMO_PROMPTS = [
     "red apple on a blue background",
-    "rocket on a yellow background",
-    "cat on a pink background",
-    "small strawberry on a green background, left",
-    "penguin on a white background",
-    "hamburger on a purple background, right",
+    "small frog on a purple background",
+    "house on an orange background",
+    "blue heart on a yellow background",
+    "hamburger on a gray background",
+    "small rainbow on a green background",
 ]
 
 
