@@ -72,24 +72,21 @@ class Edges:
     Attributes:
         partition: the tokens that the edges connect.
         nearest: (B, S) for each src token the dst token most similar to it, as an index below D.
-        ranking: (B, S) src tokens, the most similar to their dst first.
+        rank: (B, S) the place of every src token by that similarity, 0 for the most similar.
     """
 
     partition: Partition
     nearest: Tensor
-    ranking: Tensor
+    rank: Tensor
 
     def cut(self, r: int) -> Matching:
         """Merge along the ``r`` best edges: (B, N) tokens into M = N - r groups, one of each dst first."""
         batch, num_src = self.nearest.shape
         num_dst, device = self.partition.num_dst, self.nearest.device
         tokens, groups = num_dst + num_src, num_dst + num_src - r
-        if r == num_src:
-            src_group = self.nearest
-        else:
-            own = torch.arange(num_dst, groups, device=device).expand(batch, -1)
-            ranked = torch.cat((self.nearest.gather(1, self.ranking[:, :r]), own), dim=1)
-            src_group = torch.empty_like(ranked).scatter_(1, self.ranking, ranked)
+        src_group = self.nearest
+        if r < num_src:  # the others are groups of their own, numbered after the dst
+            src_group = torch.where(self.rank < r, self.nearest, self.rank + (num_dst - r))
         dst_group = torch.arange(num_dst, device=device).expand(batch, -1)
         group = torch.cat((dst_group, src_group), dim=1).index_select(1, self.partition.inverse)
         first = torch.arange(batch, device=device)[:, None] * groups
@@ -107,4 +104,5 @@ def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
     x = F.normalize(x, dim=-1).index_select(1, partition.order)
     dst, src = x[:, : partition.num_dst], x[:, partition.num_dst :]
     similarity, nearest = (src @ dst.transpose(1, 2)).max(dim=-1)  # (B, S, D) -> (B, S)
-    return Edges(partition, nearest, similarity.argsort(dim=-1, descending=True))
+    rank = similarity.argsort(dim=-1, descending=True).argsort(dim=-1)
+    return Edges(partition, nearest, rank)

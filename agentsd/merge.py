@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agentsd.matching import Matching
@@ -11,13 +12,16 @@ from agentsd.matching import Matching
 def merge(x: Tensor, matching: Matching) -> Tensor:
     """The mean of each group: (B, N, C) -> (B, M, C). A token that is alone in its group is untouched.
 
-    Sums are taken in float32 at least: bfloat16 cannot count beyond 256, and a flat background is a larger group.
+    One pass over the tokens, sorted by group: an embedding bag sums in float32 and materialises nothing between.
     """
     batch, tokens, groups = matching.shape
-    rows = x.reshape(batch * tokens, -1).to(torch.promote_types(x.dtype, torch.float32))
-    sums = rows.new_zeros(batch * groups, rows.shape[-1]).index_add(0, matching.group, rows)
-    sizes = rows.new_zeros(batch * groups, 1).index_add(0, matching.group, rows.new_ones(len(rows), 1))
-    return (sums / sizes).to(x.dtype).view(batch, groups, -1)
+    sorted_groups, members = matching.group.sort(stable=True)
+    starts = torch.searchsorted(sorted_groups, torch.arange(batch * groups, device=x.device))
+    rows = x.reshape(batch * tokens, -1)
+    if x.dtype == torch.float16 and x.device.type == "cpu":  # stores the sum before it divides: large groups overflow
+        rows = rows.float()
+    means = F.embedding_bag(members, rows, starts, mode="mean")
+    return means.to(x.dtype).view(batch, groups, -1)
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:
