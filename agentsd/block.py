@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from agentsd.config import Counts, Settings
 from agentsd.matching import Matching, Partition, bipartite_soft_matching
 from agentsd.merge import merge, unmerge
-from agentsd.processor import AgentAttnProcessor, can_use_agents
+from agentsd.processor import AgentAttnProcessor, can_sample_kv, can_use_agents
 from agentsd.sites import Site
 
 
@@ -37,8 +37,9 @@ class PatchedBlock:
     def attach(self, block: Any) -> list[RemovableHandle]:
         """Register the hooks; their handles undo it."""
         settings = self.settings
+        self_attention = self._sample_kv if settings.sample_kv else self._merge_self_attention
         layers = [
-            (block.attn1, self._merge_self_attention, settings.merge_attn),
+            (block.attn1, self_attention, settings.merge_attn),
             (block.attn2, self._merge, settings.merge_crossattn and block.attn2 is not None),
             (block.ff, self._merge, settings.merge_mlp),
         ]
@@ -63,6 +64,8 @@ class PatchedBlock:
                 "The UNet is of a kind that agentsd does not know: call agentsd.remove_patch, and please report it."
             )
         self.partition = self.partition.to(x.device)
+        if self.settings.sample_kv:
+            return
         edges = bipartite_soft_matching(x, self.partition)
         self._matching = edges.cut(self.counts.merged)
         if self.counts.agents:
@@ -73,15 +76,8 @@ class PatchedBlock:
 
     def _merge(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._merged = False
-        if self._matching is None:
+        if self._matching is None or self._has_mask(kwargs):
             return None
-        for mask in ("attention_mask", "ip_adapter_masks"):
-            if kwargs.get(mask) is not None and not _is_cross_attention_mask(mask, kwargs):
-                warnings.warn(
-                    f"A layer of {self.site.name} runs unpatched: its {mask} is made for unmerged tokens.",
-                    stacklevel=2,
-                )
-                return None
         x = args[0]
         if x.shape[:2] != self._matching.shape[:2]:
             raise RuntimeError(
@@ -91,6 +87,22 @@ class PatchedBlock:
             )
         self._merged = True
         return (merge(x, self._matching), *args[1:]), kwargs
+
+    def _has_mask(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the layer has a mask over its image tokens, which fits neither merged nor sampled ones."""
+        for mask in ("attention_mask", "ip_adapter_masks"):
+            if kwargs.get(mask) is not None and not _is_cross_attention_mask(mask, kwargs):
+                warnings.warn(
+                    f"A layer of {self.site.name} runs unpatched: its {mask} is made for all tokens.", stacklevel=2
+                )
+                return True
+        return False
+
+    def _sample_kv(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let every token attend to the dst tokens alone, with whatever processor ``attn`` has."""
+        if self.partition is None or not can_sample_kv(attn) or self._has_mask(kwargs):
+            return None
+        return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, self.partition.dst)}
 
     def _merge_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         merged = self._merge(attn, args, kwargs)

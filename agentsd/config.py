@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+# the settings that say how tokens are merged, and are idle where keys and values are sampled instead
+MERGING = {"ratio", "agent_ratio", "k_scale2", "k_shortcut", "merge_attn", "merge_crossattn", "merge_mlp"}
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -16,11 +19,17 @@ class Counts:
         tokens: N, the tokens of the grid.
         merged: r, how many src tokens are merged away; 0 means that the layer is left as it is.
         agents: how many agent tokens mediate the attention; 0 means softmax attention.
+        keys: how many tokens stay keys and values where these are sampled; 0 means that they are not.
     """
 
     tokens: int
     merged: int
     agents: int
+    keys: int = 0
+
+    @property
+    def changed(self) -> bool:
+        return self.merged > 0 or self.keys > 0
 
     @property
     def remaining(self) -> int:
@@ -36,6 +45,8 @@ class Phase:
         sy, sx: the cell of the token grid that keeps one dst token.
         ratio: share of the tokens to merge.
         agent_ratio: share of the tokens to merge into agents; None where attention stays softmax attention.
+        sample_kv: merge nothing, and keep the dst tokens alone as keys and values.
+        min_tokens: grids of fewer tokens are left as they are.
     """
 
     name: str
@@ -43,6 +54,8 @@ class Phase:
     sx: int
     ratio: float
     agent_ratio: float | None = None
+    sample_kv: bool = False
+    min_tokens: int = 0
 
     def counts(self, height: int, width: int) -> Counts:
         """The token counts on a ``height`` x ``width`` grid.
@@ -51,9 +64,12 @@ class Phase:
         ``2 * agents < tokens - merged``; elsewhere the layer merges tokens and keeps softmax attention.
         """
         tokens = height * width
-        src = tokens - (height // self.sy) * (width // self.sx)
-        if src == tokens:  # the grid is smaller than a cell: there is no dst to merge into
+        dst = (height // self.sy) * (width // self.sx)
+        src = tokens - dst
+        if src == tokens or tokens < self.min_tokens:  # a grid smaller than a cell has no dst
             return Counts(tokens, 0, 0)
+        if self.sample_kv:
+            return Counts(tokens, 0, 0, keys=dst if src else 0)
         merged = min(int(tokens * self.ratio), src)
         if merged == 0 or self.agent_ratio is None:
             return Counts(tokens, merged, 0)
@@ -85,6 +101,8 @@ class Settings:
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
+    sample_kv: bool = False
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):  # normalised to Python's own types: NumPy's numbers are welcome, too
@@ -100,11 +118,15 @@ class Settings:
         _require(self.k_scale2 >= 0, "k_scale2", self.k_scale2, "0 or more, an exponent of the attention scale")
         for name in ("agent_sx", "agent_sy", "sx", "sy"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more: a cell has a token to keep")
+        _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 (patch every layer) or more")
         if self.max_downsample is not None:
             levels = "1, 2, 4, 8 or None (the highest resolution that has self-attention)"
             _require(self.max_downsample in (1, 2, 4, 8), "max_downsample", self.max_downsample, levels)
         if self.seed is not None:
             _require(0 <= self.seed < 2**64, "seed", self.seed, "0 <= seed < 2**64, or None to follow torch's seed")
+        if self.sample_kv:
+            self._require_no_merging()
+            return
         for phase in self.phases:
             most = 1 - 1 / (phase.sx * phase.sy)
             prefix = "agent_" if phase.name == "agent" else ""
@@ -112,18 +134,26 @@ class Settings:
             allowed = f"at most {most:g}, since {strides} keeps one token of every {phase.sx * phase.sy}"
             _require(self.ratio <= most, "ratio", self.ratio, f"{allowed}; lower the ratio or use larger strides")
 
+    def _require_no_merging(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in MERGING and value != field.default:
+                only = f"its default {field.default}, since sample_kv merges no token: leave out {field.name}"
+                _require(False, field.name, value, f"{only} or sample_kv")
+
     @property
-    def merges(self) -> bool:
-        """Whether anything is merged at all."""
-        return self.ratio > 0 and (self.merge_attn or self.merge_crossattn or self.merge_mlp)
+    def acts(self) -> bool:
+        """Whether anything is merged or sampled at all."""
+        return self.sample_kv or (self.ratio > 0 and (self.merge_attn or self.merge_crossattn or self.merge_mlp))
 
     @property
     def agent(self) -> Phase:
-        return Phase("agent", self.agent_sy, self.agent_sx, self.ratio, self.agent_ratio if self.merge_attn else None)
+        agent_ratio = self.agent_ratio if self.merge_attn else None
+        return Phase("agent", self.agent_sy, self.agent_sx, self.ratio, agent_ratio, self.sample_kv, self.min_tokens)
 
     @property
     def merge(self) -> Phase:
-        return Phase("merge", self.sy, self.sx, self.ratio)
+        return Phase("merge", self.sy, self.sx, self.ratio, None, self.sample_kv, self.min_tokens)
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -26,6 +26,11 @@ class Partition:
     inverse: Tensor
     num_dst: int
 
+    @property
+    def dst(self) -> Tensor:
+        """(D,) grid positions of the dst tokens."""
+        return self.order[: self.num_dst]
+
     def to(self, device: torch.device) -> Partition:
         if self.order.device == device:
             return self

@@ -69,13 +69,13 @@ class Patch:
                 grid = level_grids[block.site.level]
                 block.counts = phase.counts(*grid)
                 generator = None if step is None else _generator(seed, step, index)
-                block.partition = partition(*grid, phase.sy, phase.sx, generator) if block.counts.merged else None
+                block.partition = partition(*grid, phase.sy, phase.sx, generator) if block.counts.changed else None
             self._warn_where_nothing_merges(level_grids)
 
     def _warn_where_nothing_merges(self, level_grids: list[tuple[int, int]]) -> None:
         size, patched_levels = level_grids[0], {block.site.level for block in self.blocks}
         merging = any(
-            phase.counts(*level_grids[level]).merged for phase in self.settings.phases for level in patched_levels
+            phase.counts(*level_grids[level]).changed for phase in self.settings.phases for level in patched_levels
         )
         if self.blocks and not merging and size not in self._warned:
             self._warned.add(size)
@@ -94,7 +94,7 @@ def _generator(seed: int | None, step: int, index: int) -> torch.Generator:
 
 def selected(sites: list[Site], settings: Settings) -> list[Site]:
     """The sites that ``settings`` patch: by default those of the highest resolution that has self-attention."""
-    usable = [site for site in sites if not site.skip] if settings.merges else []
+    usable = [site for site in sites if not site.skip] if settings.acts else []
     limit = settings.max_downsample or min((site.downsample for site in usable), default=0)
     return [site for site in usable if site.downsample <= limit]
 
@@ -141,6 +141,8 @@ def apply_patch(
     merge_attn: bool = True,
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
+    sample_kv: bool = False,
+    min_tokens: int = 0,
 ) -> Model:
     """Make a diffusers pipeline faster, in place, without training: agent attention early, token merging late.
 
@@ -163,6 +165,9 @@ def apply_patch(
         seed: of these draws. None follows ``torch.manual_seed``. Neither torch's global generators nor the one given
             to the pipeline are advanced.
         merge_attn, merge_crossattn, merge_mlp: merge tokens around self-attention, cross-attention, feed-forward.
+        sample_kv: instead of merging, let every token attend to the dst tokens alone, one of each cell: token
+            downsampling (Smith et al. 2024, arXiv 2402.13573) with a new draw in every block and step.
+        min_tokens: leave layers of fewer tokens as they are, where a patch costs more than it gains; 0 patches all.
 
     Returns:
         ``model``.
@@ -187,6 +192,8 @@ def apply_patch(
         merge_attn=merge_attn,
         merge_crossattn=merge_crossattn,
         merge_mlp=merge_mlp,
+        sample_kv=sample_kv,
+        min_tokens=min_tokens,
     )
     unet = unet_of(model)
     sites = find_sites(unet)
@@ -198,7 +205,7 @@ def apply_patch(
             f"max_downsample={max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
             f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
         )
-    if not settings.merges:
+    if not settings.acts:
         given = "ratio=0" if ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=2)
     remove_patch(model)

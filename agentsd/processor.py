@@ -30,6 +30,11 @@ def can_use_agents(attn: Any) -> bool:
     return type(attn.processor) in PLAIN_PROCESSORS and not extras
 
 
+def can_sample_kv(attn: Any) -> bool:
+    """Whether ``attn`` may take its keys and values from other rows than its queries: a fused projection cannot."""
+    return type(attn.processor) in PLAIN_PROCESSORS and not attn.fused_projections
+
+
 class AgentAttnProcessor:
     """Agent attention for a single call of an attention layer.
 

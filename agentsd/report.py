@@ -7,7 +7,7 @@ from typing import Any
 
 from agentsd.config import Counts, Settings
 from agentsd.patch import Patch, patch_of, unet_of
-from agentsd.processor import can_use_agents
+from agentsd.processor import can_sample_kv, can_use_agents
 from agentsd.sites import Site, find_sites, grids
 
 
@@ -82,12 +82,17 @@ def _heading(settings: Settings, phase: str) -> str:
     share = settings.agent_steps if phase == "agent" else 1 - settings.agent_steps
     part = "first" if phase == "agent" else "last"
     name = "agents" if phase == "agent" and settings.merge_attn else "merging"
+    if settings.sample_kv:
+        cell = settings.agent if phase == "agent" else settings.merge
+        name = f"one key of each {cell.sy}x{cell.sx}"
     return f"{name}, {part} {share:.0%} of the steps" if share < 1 else f"{name}, all steps"
 
 
 def _cell(counts: Counts, settings: Settings | None) -> str:
-    if counts.merged == 0:
+    if not counts.changed:
         return "unchanged"
+    if counts.keys:
+        return f"{counts.keys} keys and values (attention costs {attention_cost(counts):.0%})"
     if settings is not None and not settings.merge_attn:
         return f"{counts.remaining} tokens"
     agents = f", {counts.agents} agents" if counts.agents else ""
@@ -96,6 +101,8 @@ def _cell(counts: Counts, settings: Settings | None) -> str:
 
 def attention_cost(counts: Counts) -> float:
     """Multiply-adds of the attention products, as a share of unpatched attention's N x N."""
+    if counts.keys:
+        return counts.keys / counts.tokens
     m, a = counts.remaining, counts.agents
     return (2 * m * a if a else m * m) / counts.tokens**2
 
@@ -132,13 +139,16 @@ def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerR
     if site not in [block.site for block in patch.blocks]:
         limit = "max_downsample" if settings.max_downsample else "the highest resolution with self-attention"
         note = site.skip or f"lower resolution (downsampling {site.downsample}) than {limit}"
-        if not settings.merges:
+        if not settings.acts:
             note = "nothing is to be merged"
         return LayerReport(site.name, grid, {}, note)
     phases = {phase.name: phase.counts(*grid) for phase in settings.phases}
     attn, agent = unet.get_submodule(site.name).attn1, phases.get("agent")
     note = ""
-    if agent is not None and agent.merged:
+    if settings.sample_kv and not can_sample_kv(attn):
+        note = f"unchanged: {type(attn.processor).__name__} cannot sample keys and values"
+        phases = {name: Counts(grid[0] * grid[1], 0, 0) for name in phases}
+    elif agent is not None and agent.merged:
         if not settings.merge_attn:
             note = "no agents: self-attention is not merged"
         elif not can_use_agents(attn):

@@ -52,7 +52,7 @@ def test_data():
     data = agentsd.report(unet).to_dict()
     json.dumps(data)
     assert data["settings"]["ratio"] == 0.4
-    assert data["layers"][0]["phases"]["merge"] == {"tokens": 256, "merged": 102, "agents": 0}
+    assert data["layers"][0]["phases"]["merge"] == {"tokens": 256, "merged": 102, "agents": 0, "keys": 0}
 
 
 def test_cost_is_that_of_the_products():

@@ -1,0 +1,82 @@
+"""Sampled keys and values: every token attends to one token of each cell."""
+
+import pytest
+import torch
+from conftest import image, make_pipeline, make_unet, unet_inputs
+from diffusers.models.attention_processor import Attention
+
+import agentsd
+from agentsd.config import Counts, Phase
+from agentsd.sites import find_sites
+
+SAMPLED = {"sample_kv": True, "sx": 2, "sy": 2, "agent_sx": 2, "agent_sy": 4}
+
+
+def first_attention(unet) -> Attention:
+    site = next(s for s in find_sites(unet) if s.name in {layer.name for layer in agentsd.report(unet).patched})
+    return unet.get_submodule(site.name).attn1
+
+
+def test_every_token_attends_to_the_top_left_token_of_each_cell(kind):
+    unet = agentsd.apply_patch(make_unet(kind), **SAMPLED, use_rand=False)
+    attn, seen = first_attention(unet), []
+    attn.register_forward_hook(lambda _, args, kwargs, output: seen.append((args[0], output)), with_kwargs=True)
+    unet(**unet_inputs(kind, timestep=1))
+    x, output = seen[0]
+    side = int(x.shape[1] ** 0.5)
+    keys = x.unflatten(1, (side, side))[:, ::2, ::2].flatten(1, 2)
+    agentsd.remove_patch(unet)
+    torch.testing.assert_close(output, attn(x, encoder_hidden_states=keys))
+
+
+def test_a_cell_of_one_token_changes_nothing():
+    unet = make_unet()
+    expected = unet(**unet_inputs()).sample
+    agentsd.apply_patch(unet, sample_kv=True, sx=1, sy=1, agent_sx=1, agent_sy=1)
+    with pytest.warns(UserWarning, match="changes nothing at this size"):
+        assert torch.equal(unet(**unet_inputs()).sample, expected)
+
+
+def test_the_draw_differs_between_steps_and_not_between_runs():
+    pipe = make_pipeline()
+    plain = image(pipe)
+    agentsd.apply_patch(pipe, **SAMPLED, seed=0)
+    first = image(pipe)
+    assert not torch.equal(first, plain)
+    assert torch.equal(first, image(pipe))
+    agentsd.remove_patch(pipe)
+    assert torch.equal(image(pipe), plain)
+
+
+def test_a_fused_projection_is_left_alone_and_the_report_says_so():
+    unet = make_unet()
+    unet.fuse_qkv_projections()
+    expected = unet(**unet_inputs()).sample
+    agentsd.apply_patch(unet, **SAMPLED)
+    assert torch.equal(unet(**unet_inputs()).sample, expected)
+    assert "FusedAttnProcessor2_0 cannot sample keys and values" in str(agentsd.report(unet))
+
+
+def test_a_mask_over_the_image_tokens_is_obeyed():
+    unet = make_unet()
+    block = agentsd.apply_patch(unet, **SAMPLED)._agentsd_patch.blocks[0]
+    assert block._has_mask({"attention_mask": None}) is False
+    with pytest.warns(UserWarning, match="attention_mask is made for all tokens"):
+        assert block._has_mask({"attention_mask": torch.ones(1, 256)})
+
+
+def test_counts():
+    phase = Phase("merge", 2, 2, 0.4, sample_kv=True)
+    assert phase.counts(8, 6) == Counts(48, 0, 0, keys=12)
+    assert phase.counts(1, 6) == Counts(6, 0, 0)
+
+
+def test_settings_of_merging_are_errors_beside_it():
+    with pytest.raises(ValueError, match="ratio=0.5 is not allowed: .*sample_kv merges no token"):
+        agentsd.apply_patch(make_unet(), 0.5, sample_kv=True)
+
+
+def test_small_layers_are_left_alone():
+    unet = agentsd.apply_patch(make_unet(), max_downsample=2, min_tokens=200)
+    tokens = {layer.grid[0] * layer.grid[1]: layer.phases["merge"].merged for layer in agentsd.report(unet).patched}
+    assert tokens[256] > 0 and tokens.get(64, 0) == 0
