@@ -103,6 +103,9 @@ class Settings:
     merge_mlp: bool = False
     sample_kv: bool = False
     min_tokens: int = 0
+    cache_interval: int = 1
+    cache_branch: int = 0
+    cache_order: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):  # normalised to Python's own types: NumPy's numbers are welcome, too
@@ -119,6 +122,10 @@ class Settings:
         for name in ("agent_sx", "agent_sy", "sx", "sy"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more: a cell has a token to keep")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 (patch every layer) or more")
+        _require(self.cache_interval >= 1, "cache_interval", self.cache_interval, "1 (every call is whole) or more")
+        _require(self.cache_branch >= 0, "cache_branch", self.cache_branch, "0 (the outermost layer) or more")
+        orders = "0 (features as they were) or 1 (extrapolated)"
+        _require(self.cache_order in (0, 1), "cache_order", self.cache_order, orders)
         if self.max_downsample is not None:
             levels = "1, 2, 4, 8 or None (the highest resolution that has self-attention)"
             _require(self.max_downsample in (1, 2, 4, 8), "max_downsample", self.max_downsample, levels)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from agentsd.block import PatchedBlock
 from agentsd.config import Settings
 from agentsd.matching import partition
+from agentsd.reuse import Reuse
 from agentsd.schedule import Trajectory
 from agentsd.sites import Site, find_sites, grids
 
@@ -42,12 +43,23 @@ class Patch:
         self._plan: tuple[Any, ...] | None = None
         self._warned: set[tuple[int, int]] = set()
         self._handles = [unet.register_forward_pre_hook(self._before_call, with_kwargs=True)]
+        self.reuse: Reuse | None = None
+        if settings.cache_interval > 1:
+            self.reuse = Reuse(settings.cache_interval, settings.cache_branch, settings.cache_order)
+            self.reuse.attach(unet)
+            self._handles.append(unet.register_forward_hook(self._after_call))
         for patched_block in self.blocks:
             self._handles += patched_block.attach(unet.get_submodule(patched_block.site.name))
 
-    def remove(self) -> None:
+    def remove(self, unet: nn.Module) -> None:
         for handle in self._handles:
             handle.remove()
+        if self.reuse is not None:
+            self.reuse.detach(unet)
+
+    def _after_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.reuse is not None:
+            self.reuse.after_call()
 
     def _before_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample: Tensor = args[0] if args else kwargs["sample"]
@@ -56,10 +68,12 @@ class Patch:
         height, width = sample.shape[-2:]
         self.latent_size = (height, width)
         step, phase = None, settings.phases[0]
-        if self.blocks and (settings.use_rand or len(settings.phases) > 1):
+        if self.reuse is not None or (self.blocks and (settings.use_rand or len(settings.phases) > 1)):
             moment = self.trajectory.locate(timestep)
             step = moment.step if settings.use_rand else None
             phase = settings.agent if moment.within_first(settings.agent_steps) else settings.merge
+            if self.reuse is not None:
+                self.reuse.before_call((moment.run, sample.shape, sample.dtype, sample.device), moment.call)
         seed = torch.initial_seed() if settings.seed is None and settings.use_rand else settings.seed
         plan = (height, width, phase, step, seed)
         if plan != self._plan:
@@ -143,6 +157,9 @@ def apply_patch(
     merge_mlp: bool = False,
     sample_kv: bool = False,
     min_tokens: int = 0,
+    cache_interval: int = 1,
+    cache_branch: int = 0,
+    cache_order: int = 0,
 ) -> Model:
     """Make a diffusers pipeline faster, in place, without training: agent attention early, token merging late.
 
@@ -167,6 +184,10 @@ def apply_patch(
         merge_attn, merge_crossattn, merge_mlp: merge tokens around self-attention, cross-attention, feed-forward.
         sample_kv: instead of merging, let every token attend to the dst tokens alone, one of each cell: token
             downsampling (Smith et al. 2024, arXiv 2402.13573) with a new draw in every block and step.
+        cache_interval: run the whole UNet in every ``cache_interval``-th denoiser call, and in the others its
+            outermost layers alone, with the deep features from before. 1 is off. Not where gradients are recorded.
+        cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
+        cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls.
         min_tokens: leave layers of fewer tokens as they are, where a patch costs more than it gains; 0 patches all.
 
     Returns:
@@ -194,6 +215,9 @@ def apply_patch(
         merge_mlp=merge_mlp,
         sample_kv=sample_kv,
         min_tokens=min_tokens,
+        cache_interval=cache_interval,
+        cache_branch=cache_branch,
+        cache_order=cache_order,
     )
     unet = unet_of(model)
     sites = find_sites(unet)
@@ -205,7 +229,7 @@ def apply_patch(
             f"max_downsample={max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
             f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
         )
-    if not settings.acts:
+    if not settings.acts and settings.cache_interval == 1:
         given = "ratio=0" if ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=2)
     remove_patch(model)
@@ -217,8 +241,9 @@ def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`, in place: no hook and no attribute of it is left. Returns ``model``, patched or not."""
     patch = patch_of(model)
     if patch is not None:
-        patch.remove()
-        delattr(unet_of(model), ATTRIBUTE)
+        unet = unet_of(model)
+        patch.remove(unet)
+        delattr(unet, ATTRIBUTE)
     return model
 
 

@@ -36,11 +36,13 @@ class Report:
         settings: those of the patch; None where there is none.
         latent_size: that the counts are for: of the last denoiser call, or before it the UNet's own size.
         layers: every transformer block of the UNet.
+        cache_bytes: memory of the features that are kept for reuse at present.
     """
 
     settings: Settings | None
     latent_size: tuple[int, int]
     layers: tuple[LayerReport, ...]
+    cache_bytes: int = 0
 
     @property
     def patched(self) -> tuple[LayerReport, ...]:
@@ -70,6 +72,11 @@ class Report:
             if not layer.phases:
                 rest.setdefault(layer.note, []).append(layer.name)
         lines += [f"not patched, {note}: {_listed(names)}" for note, names in rest.items()]
+        if self.settings.cache_interval > 1:
+            lines.append(
+                f"feature reuse: one call in {self.settings.cache_interval} is whole, the others run "
+                f"{2 * self.settings.cache_branch + 1} layers; {self.cache_bytes / 2**20:.1f} MB kept"
+            )
         return "\n".join(lines)
 
     def _row(self, layer: LayerReport) -> tuple[str, ...]:
@@ -131,7 +138,7 @@ def report(model: Any) -> Report:
         )
     level_grids = grids(unet, *patch.latent_size)
     layers = tuple(_layer(unet, patch, site, level_grids[site.level]) for site in patch.sites)
-    return Report(patch.settings, patch.latent_size, layers)
+    return Report(patch.settings, patch.latent_size, layers, patch.reuse.nbytes if patch.reuse is not None else 0)
 
 
 def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerReport:

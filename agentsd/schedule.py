@@ -13,10 +13,15 @@ from torch import Tensor
 
 
 class Moment(NamedTuple):
-    """``step`` of the trajectory's ``steps`` are behind us. A step may be several denoiser calls (Heun's two)."""
+    """``step`` of the trajectory's ``steps`` are behind us, and ``call`` denoiser calls: Heun makes two a step.
+
+    Guidance that takes two calls makes both at the same moment. ``run`` counts the trajectories of the scheduler.
+    """
 
     step: int
     steps: int
+    call: int = 0
+    run: int = 0
 
     def within_first(self, share: float) -> bool:
         """Whether this step belongs to the first ``share`` of the trajectory, rounded to whole steps."""
@@ -39,6 +44,8 @@ class Trajectory:
         self._values: list[float] = []
         self._start = 0  # the position at which PNDM's count began, and whether the timesteps seen so far prove it
         self._settled = False
+        self._schedule: Tensor | None = None  # that of the last call, and how many there have been
+        self._run = 0
 
     @property
     def pipeline(self) -> Any:
@@ -69,10 +76,14 @@ class Trajectory:
         scheduler = self.scheduler
         if getattr(scheduler, "timesteps", None) is not None:
             position = self._position(scheduler, timestep)
+            if self._schedule is not scheduler.timesteps:  # set anew for every image
+                self._schedule, self._run = scheduler.timesteps, self._run + 1
             if position is not None and position < len(scheduler.timesteps):
-                return _steps(scheduler, position)
+                step, steps = _steps(scheduler, position)
+                return Moment(step, steps, position, self._run)
         trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-        return Moment(max(trained - 1 - math.floor(_first(timestep)), 0), trained)
+        step = max(trained - 1 - math.floor(_first(timestep)), 0)
+        return Moment(step, trained, step, self._run)
 
     def _position(self, scheduler: Any, timestep: Tensor | float) -> int | None:
         """The index of this call in ``scheduler.timesteps``."""
@@ -107,10 +118,13 @@ def _first(timestep: Tensor | float) -> float:
     return timestep.flatten()[0].float().item() if isinstance(timestep, Tensor) else timestep
 
 
-def _steps(scheduler: Any, position: int) -> Moment:
-    """From calls to steps. A step is ``order`` calls, but PNDM's first step has all the calls that it makes beyond."""
+def _steps(scheduler: Any, position: int) -> tuple[int, int]:
+    """From calls to steps, done and in all.
+
+    A step is ``order`` calls, but PNDM's first step has all the calls that it makes beyond.
+    """
     calls, order = len(scheduler.timesteps), scheduler.order
     extra = calls - scheduler.num_inference_steps if isinstance(scheduler, PNDMScheduler) else 0
     if order > 1:
-        return Moment(position // order, math.ceil(calls / order))
-    return Moment(max(position - extra, 0), calls - extra)
+        return position // order, math.ceil(calls / order)
+    return max(position - extra, 0), calls - extra

@@ -72,7 +72,7 @@ def test_counts():
 
 
 def test_settings_of_merging_are_errors_beside_it():
-    with pytest.raises(ValueError, match="ratio=0.5 is not allowed: .*sample_kv merges no token"):
+    with pytest.raises(ValueError, match=r"ratio=0.5 is not allowed: .*sample_kv merges no token"):
         agentsd.apply_patch(make_unet(), 0.5, sample_kv=True)
 
 

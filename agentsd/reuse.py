@@ -1,0 +1,144 @@
+"""Feature reuse: most denoiser calls run the outermost layers alone, and take the deep features from before.
+
+Deep features change slowly along the trajectory (DeepCache, Ma et al., CVPR 2024, arXiv 2312.00858). Nothing of the
+UNet is rewritten: in a cheap call a skipped module hands back a blank of the right shape where nobody reads it, and
+the remembered features where the first layer that runs does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agentsd.skip import skipped_modules, unwrap, wrap
+
+
+@dataclass
+class Lane:
+    """The deep features of one of the calls that a step makes: guidance may take two, of different prompts.
+
+    Attributes:
+        latest: the features of the last whole call.
+        previous: those of the whole call before, where ``order`` asks for them; ``gap`` calls lie between the two.
+        age: how many calls ago the latest are.
+    """
+
+    order: int
+    latest: Tensor | None = None
+    previous: Tensor | None = None
+    gap: int = 0
+    age: int = 0
+
+    def remember(self, features: Tensor) -> None:
+        self.previous = self.latest if self.order else None
+        self.latest, self.gap, self.age = features, self.age, 0
+
+    def estimate(self) -> Tensor | None:
+        """The latest features, or where they are heading: the first order of a Taylor polynomial, as in TaylorSeer."""
+        if self.previous is None or self.latest is None:
+            return self.latest
+        return torch.lerp(self.previous, self.latest, 1 + self.age / self.gap)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(features.nbytes for features in (self.latest, self.previous) if features is not None)
+
+
+@dataclass
+class Reuse:
+    """Decides which calls are whole, and keeps the features between them.
+
+    Attributes:
+        interval: every ``interval``-th call of a lane is whole.
+        branch: how many layers run on the way down in a cheap call; one more runs on the way up.
+        order: of the extrapolation in time, 0 or 1.
+        cheap: whether the present call is one.
+        features: what the deep layers gave in this call, or are taken to give.
+        blanks: by the name of a skipped module, its output as shapes without memory.
+    """
+
+    interval: int
+    branch: int
+    order: int
+    cheap: bool = False
+    features: Tensor | None = None
+    blanks: dict[str, Any] = field(default_factory=dict)
+    lanes: list[Lane] = field(default_factory=list)
+    _trajectory: Any = None
+    _call: int = -1  # the place of the last call in its trajectory, and how many calls before it were at the same
+    _repeat: int = 0
+
+    def attach(self, unet: nn.Module) -> None:
+        """Let the deep layers of ``unet`` be skipped; `detach` undoes it. Raises ValueError as `skipped_modules`."""
+        *unread, last = skipped_modules(unet, self.branch)
+        for name in unread:
+            wrap(unet.get_submodule(name), _blank_if_cheap, self, name)
+        wrap(unet.get_submodule(last), _features_if_cheap, self, last)
+
+    def detach(self, unet: nn.Module) -> None:
+        for name in skipped_modules(unet, self.branch):
+            unwrap(unet.get_submodule(name), _blank_if_cheap)
+            unwrap(unet.get_submodule(name), _features_if_cheap)
+        self.forget()
+
+    def forget(self) -> None:
+        self.cheap, self.features = False, None
+        self.lanes.clear()
+        self.blanks.clear()
+
+    def before_call(self, trajectory: Any, call: int) -> None:
+        """Decide on the ``call``-th call of a trajectory, which several calls in a row may claim to be.
+
+        Args:
+            trajectory: equal for all calls of one image, and for no other's.
+        """
+        if trajectory != self._trajectory or call < self._call:
+            self.forget()
+            self._repeat = 0
+        else:
+            self._repeat = self._repeat + 1 if call == self._call else 0
+        self._trajectory, self._call = trajectory, call
+        if self._repeat == len(self.lanes):
+            self.lanes.append(Lane(self.order))
+        lane = self.lanes[self._repeat]
+        lane.age += 1
+        self.cheap = lane.latest is not None and lane.age < self.interval and not torch.is_grad_enabled()
+        self.features = lane.estimate() if self.cheap else None
+
+    def after_call(self) -> None:
+        if not self.cheap and self.features is not None:
+            self.lanes[self._repeat].remember(self.features.detach())
+        self.cheap, self.features = False, None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the features that are kept between calls."""
+        return sum(lane.nbytes for lane in self.lanes)
+
+
+def _blank_if_cheap(reuse: Reuse, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if reuse.cheap:
+        return reuse.blanks[name]
+    output = forward(*args, **kwargs)
+    reuse.blanks[name] = _blank(output)
+    return output
+
+
+def _features_if_cheap(reuse: Reuse, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if reuse.cheap:
+        return (reuse.features,) if reuse.blanks[name] else reuse.features
+    output = forward(*args, **kwargs)
+    reuse.blanks[name] = isinstance(output, tuple)  # a transformer gives its features in a tuple
+    reuse.features = output[0] if reuse.blanks[name] else output
+    return output
+
+
+def _blank(output: Any) -> Any:
+    """The same shapes, without memory."""
+    if isinstance(output, tuple):
+        return tuple(_blank(part) for part in output)
+    return output.new_zeros(()).expand(output.shape)

@@ -1,0 +1,161 @@
+"""Feature reuse: which calls are whole, what a cheap call computes, and that nothing leaks between images."""
+
+import pytest
+import torch
+from conftest import image, make_img2img, make_pipeline, make_scheduler, make_unet, unet_inputs
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+
+import agentsd
+from agentsd.reuse import Lane, Reuse
+from agentsd.skip import skipped_modules
+
+ONLY_REUSE = {"ratio": 0, "cache_interval": 3}
+
+
+def whole_calls(unet) -> list[bool]:
+    """Fills up, call by call, with whether the middle of ``unet`` ran."""
+    calls: list[bool] = []
+    unet.register_forward_pre_hook(lambda *_: calls.append(False))
+    unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: calls.__setitem__(-1, True))
+    return calls
+
+
+def test_every_third_call_is_whole_and_every_image_starts_with_one(kind):
+    pipe = agentsd.apply_patch(make_pipeline(kind), **ONLY_REUSE)
+    calls = whole_calls(pipe.unet)
+    first = image(pipe, steps=7)
+    assert calls == [True, False, False] * 2 + [True]
+    assert torch.equal(image(pipe, steps=7), first)
+    assert calls[7:] == calls[:7]
+
+
+def test_removal_gives_the_pipeline_back(kind):
+    pipe = make_pipeline(kind)
+    plain = image(pipe)
+    anatomy = {name: sorted(vars(module)) for name, module in pipe.unet.named_modules()}
+    agentsd.apply_patch(pipe, **ONLY_REUSE)
+    assert not torch.equal(image(pipe), plain)
+    agentsd.remove_patch(pipe)
+    assert {name: sorted(vars(module)) for name, module in pipe.unet.named_modules()} == anatomy
+    assert torch.equal(image(pipe), plain)
+
+
+@pytest.mark.parametrize("branch", range(3))
+def test_a_cheap_call_at_the_same_point_equals_the_whole_one(kind, branch):
+    """With the deep features of the very same input, skipping them changes nothing: the sum of all the shapes."""
+    unet, inputs = make_unet(kind), unet_inputs(kind)
+    expected = unet(**inputs).sample
+    agentsd.apply_patch(unet, 0, cache_interval=2, cache_branch=branch)
+    calls = whole_calls(unet)
+    assert torch.equal(unet(**inputs).sample, expected)
+    nearby = {**inputs, "timestep": inputs["timestep"] - 1e-6}
+    torch.testing.assert_close(unet(**nearby).sample, expected)
+    assert calls == [True, False]
+
+
+def test_cheap_calls_run_what_the_branch_says():
+    unet = make_unet(layers_per_block=2)
+    names = [set(skipped_modules(unet, branch)) for branch in range(5)]
+    assert "down_blocks.0" in names[0] and "up_blocks.1.attentions.1" in names[0]
+    assert "down_blocks.0.attentions.0" not in names[1] and "down_blocks.0.attentions.1" in names[1]
+    assert "up_blocks.1.attentions.0" in names[1] and "up_blocks.1.attentions.1" not in names[1]
+    assert "down_blocks.0.downsamplers.0" in names[2] and "up_blocks.0" in names[2]
+    assert "down_blocks.0.downsamplers.0" not in names[3] and "up_blocks.0.resnets.1" in names[3]
+    with pytest.raises(ValueError, match="cache_branch=5 is not allowed: expected 0 to 4"):
+        agentsd.apply_patch(unet, cache_interval=2, cache_branch=5)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_schedulers_with_more_calls_than_steps(scheduler):
+    pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), **ONLY_REUSE)
+    calls = whole_calls(pipe.unet)
+    assert image(pipe, steps=6).isfinite().all()
+    assert calls == [i % 3 == 0 for i in range(len(calls))]
+
+
+def test_guidance_in_two_calls_keeps_two_lanes():
+    """A step whose calls come one by one gives what one call of both gives."""
+    unet, inputs = make_unet(), unet_inputs()
+    timesteps = [900, 600, 300]
+    split = lambda i: {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    agentsd.apply_patch(unet, **ONLY_REUSE)
+    together = [unet(**{**inputs, "timestep": t}).sample for t in timesteps]
+    agentsd.apply_patch(unet, **ONLY_REUSE)
+    for t, expected in zip(timesteps, together, strict=True):
+        for i in range(2):
+            torch.testing.assert_close(unet(**{**split(i), "timestep": t}).sample, expected[i : i + 1])
+
+
+def test_img2img_starts_in_the_middle():
+    pipe = agentsd.apply_patch(make_img2img(), **ONLY_REUSE)
+    calls = whole_calls(pipe.unet)
+    image(pipe, steps=10, image=torch.zeros(1, 3, 16, 16), strength=0.5)
+    assert calls == [True, False, False, True, False]
+
+
+def test_an_interrupted_image_leaves_nothing_to_the_next():
+    pipe = agentsd.apply_patch(make_pipeline(), **ONLY_REUSE)
+    expected = image(pipe)
+
+    def interrupt(pipe, step, timestep, tensors):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        image(pipe, seed=1, callback_on_step_end=interrupt)
+    assert torch.equal(image(pipe), expected)
+
+
+def test_a_change_of_size_starts_anew():
+    unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
+    calls = whole_calls(unet)
+    for size, timestep in ((16, 900), (16, 800), (24, 700), (24, 600)):
+        assert unet(**unet_inputs(height=size, width=size, timestep=timestep)).sample.shape[-1] == size
+    assert calls == [True, False, True, False]
+
+
+def test_recorded_gradients_are_whole():
+    unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
+    calls = whole_calls(unet)
+    with torch.enable_grad():
+        for timestep in (900, 800):
+            unet(**unet_inputs(timestep=timestep)).sample.sum().backward()
+    assert calls == [True, True]
+
+
+def test_controlnet_residuals_are_added():
+    unet, inputs = agentsd.apply_patch(make_unet(), **ONLY_REUSE), unet_inputs()
+    shapes = [(16, 16, 16)] * 2 + [(16, 8, 8), (32, 8, 8)]
+    inputs["down_block_additional_residuals"] = [torch.ones(2, *shape) for shape in shapes]
+    inputs["mid_block_additional_residual"] = torch.ones(2, 32, 8, 8)
+    for timestep in (900, 800):
+        assert unet(**{**inputs, "timestep": timestep}).sample.isfinite().all()
+
+
+def test_a_line_is_extrapolated_exactly():
+    lane = Lane(order=1)
+    for call in range(7):
+        lane.age += 1
+        if call % 3 == 0:
+            lane.remember(torch.tensor([1.0, 2.0]) * call)
+        elif call > 3:
+            torch.testing.assert_close(lane.estimate(), torch.tensor([1.0, 2.0]) * call)
+
+
+def test_memory_is_stated():
+    unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
+    assert agentsd.report(unet).cache_bytes == 0
+    unet(**unet_inputs())
+    features = 2 * 32 * 16 * 16 * 4  # into the last layer on the way up
+    assert agentsd.report(unet).cache_bytes in (features, features // 2)
+    assert "feature reuse" in str(agentsd.report(unet))
+
+
+def test_the_interval_counts_each_lane_alone():
+    reuse = Reuse(interval=2, branch=0, order=0)
+    cheap = []
+    for call in (0, 0, 1, 1, 2, 2):
+        reuse.before_call("image", call)
+        cheap.append(reuse.cheap)
+        reuse.features = reuse.features if reuse.cheap else torch.zeros(1)
+        reuse.after_call()
+    assert cheap == [False, False, True, True, False, False]
