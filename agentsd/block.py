@@ -33,6 +33,7 @@ class PatchedBlock:
         self._matching: Matching | None = None
         self._agent_matching: Matching | None = None
         self._merged = False
+        self._processor = AgentAttnProcessor(settings.k_scale2, settings.k_shortcut)
 
     def attach(self, block: Any) -> list[RemovableHandle]:
         """Register the hooks; their handles undo it."""
@@ -107,8 +108,7 @@ class PatchedBlock:
     def _merge_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         merged = self._merge(attn, args, kwargs)
         if self._merged and self._agent_matching is not None and can_use_agents(attn):
-            agents = merge(args[0], self._agent_matching)
-            AgentAttnProcessor(agents, self.settings.k_scale2, self.settings.k_shortcut).take_over(attn)
+            self._processor.take_over(attn, merge(args[0], self._agent_matching))
         return merged
 
     def _unmerge(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

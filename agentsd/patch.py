@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agentsd.block import PatchedBlock
+from agentsd.compiled import outside_the_graph, recompile
 from agentsd.config import Settings
 from agentsd.matching import partition
 from agentsd.reuse import Reuse
@@ -42,12 +43,14 @@ class Patch:
         self.latent_size = _sample_size(unet)
         self._plan: tuple[Any, ...] | None = None
         self._warned: set[tuple[int, int]] = set()
-        self._handles = [unet.register_forward_pre_hook(self._before_call, with_kwargs=True)]
+        self._handles = [
+            unet.register_forward_pre_hook(self._before_call, with_kwargs=True),
+            unet.register_forward_hook(self._after_call),
+        ]
         self.reuse: Reuse | None = None
         if settings.cache_interval > 1:
             self.reuse = Reuse(settings.cache_interval, settings.cache_branch, settings.cache_order)
             self.reuse.attach(unet)
-            self._handles.append(unet.register_forward_hook(self._after_call))
         for patched_block in self.blocks:
             self._handles += patched_block.attach(unet.get_submodule(patched_block.site.name))
 
@@ -57,10 +60,12 @@ class Patch:
         if self.reuse is not None:
             self.reuse.detach(unet)
 
+    @outside_the_graph
     def _after_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.reuse is not None:
             self.reuse.after_call()
 
+    @outside_the_graph
     def _before_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample: Tensor = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -83,7 +88,9 @@ class Patch:
                 grid = level_grids[block.site.level]
                 block.counts = phase.counts(*grid)
                 generator = None if step is None else _generator(seed, step, index)
-                block.partition = partition(*grid, phase.sy, phase.sx, generator) if block.counts.changed else None
+                block.partition = None
+                if block.counts.changed:
+                    block.partition = partition(*grid, phase.sy, phase.sx, generator).to(sample.device)
             self._warn_where_nothing_merges(level_grids)
 
     def _warn_where_nothing_merges(self, level_grids: list[tuple[int, int]]) -> None:
@@ -119,7 +126,7 @@ def _sample_size(unet: nn.Module) -> tuple[int, int]:
 
 
 def unet_of(model: Any) -> nn.Module:
-    """The UNet of a pipeline, or the model itself; a compiled one is unwrapped.
+    """The UNet of a pipeline, or the model itself; without what ``torch.compile`` puts around it.
 
     Raises:
         TypeError: ``model`` is neither.
@@ -233,7 +240,8 @@ def apply_patch(
         given = "ratio=0" if ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=2)
     remove_patch(model)
-    setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, model if model is not unet else None))
+    setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, model if hasattr(model, "unet") else None))
+    recompile(model)
     return model
 
 
@@ -244,6 +252,7 @@ def remove_patch(model: Model) -> Model:
         unet = unet_of(model)
         patch.remove(unet)
         delattr(unet, ATTRIBUTE)
+        recompile(model)
     return model
 
 

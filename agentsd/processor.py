@@ -36,26 +36,25 @@ def can_sample_kv(attn: Any) -> bool:
 
 
 class AgentAttnProcessor:
-    """Agent attention for a single call of an attention layer.
+    """Agent attention for single calls of an attention layer.
 
     It puts the layer's own processor back before it computes, so that between calls, and after any error, each layer
     has the very processor that its user gave it: what diffusers does to processors (adapters, fusing, slicing, other
     back ends) works as without a patch, and there is nothing to undo.
 
     Args:
-        agents: (B, A, C) agent tokens, before projection.
         k_scale2, k_shortcut: the constants of `agent_attention`.
     """
 
-    def __init__(self, agents: Tensor, k_scale2: float, k_shortcut: float) -> None:
-        self.agents = agents
+    def __init__(self, k_scale2: float, k_shortcut: float) -> None:
         self.k_scale2 = k_scale2
         self.k_shortcut = k_shortcut
         self._own: Any = None
+        self._agents: Tensor | None = None
 
-    def take_over(self, attn: Any) -> None:
-        """Compute the next call of ``attn``."""
-        self._own, attn.processor = attn.processor, self
+    def take_over(self, attn: Any, agents: Tensor) -> None:
+        """Compute the next call of ``attn``, with ``agents`` (B, A, C), before projection."""
+        self._own, attn.processor, self._agents = attn.processor, self, agents
 
     def __call__(
         self,
@@ -65,8 +64,9 @@ class AgentAttnProcessor:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, M, C) merged tokens -> (B, M, C)."""
-        attn.processor = self._own
-        query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(self.agents))
+        attn.processor, tokens = self._own, self._agents
+        self._own = self._agents = None
+        query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(tokens))
         key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
         if attn.norm_q is not None:
             query, agents = attn.norm_q(query), attn.norm_q(agents)
