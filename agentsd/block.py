@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from agentsd.checkpointing import RecordedPlans
 from agentsd.config import Counts, Settings
 from agentsd.matching import Matching, Partition, bipartite_soft_matching
 from agentsd.merge import merge, unmerge
@@ -30,6 +31,8 @@ class PatchedBlock:
         self.settings = settings
         self.counts = Counts(0, 0, 0)
         self.partition: Partition | None = None
+        self._recorded: RecordedPlans[tuple[Counts, Partition | None]] = RecordedPlans()
+        self._dst: Tensor | None = None
         self._matching: Matching | None = None
         self._agent_matching: Matching | None = None
         self._merged = False
@@ -55,25 +58,27 @@ class PatchedBlock:
         return handles
 
     def _match(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._matching = self._agent_matching = None
-        if self.partition is None:
-            return
+        self._forget()
         x: Tensor = args[0] if args else kwargs["hidden_states"]
-        if x.shape[1] != self.counts.tokens:
+        counts, partition = self._recorded.plan(x, (self.counts, self.partition))
+        if partition is None:
+            return
+        if x.shape[1] != counts.tokens:
             raise RuntimeError(
-                f"{self.site.name} got {x.shape[1]} tokens where its place in the UNet predicts {self.counts.tokens}. "
+                f"{self.site.name} got {x.shape[1]} tokens where its place in the UNet predicts {counts.tokens}. "
                 "The UNet is of a kind that agentsd does not know: call agentsd.remove_patch, and please report it."
             )
-        self.partition = self.partition.to(x.device)
+        partition = partition.to(x.device)
         if self.settings.sample_kv:
+            self._dst = partition.dst
             return
-        edges = bipartite_soft_matching(x, self.partition)
-        self._matching = edges.cut(self.counts.merged)
-        if self.counts.agents:
-            self._agent_matching = edges.cut(self.counts.tokens - self.counts.agents)
+        edges = bipartite_soft_matching(x, partition)
+        self._matching = edges.cut(counts.merged)
+        if counts.agents:
+            self._agent_matching = edges.cut(counts.tokens - counts.agents)
 
-    def _forget(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._matching = self._agent_matching = None
+    def _forget(self, *_: Any) -> None:
+        self._matching = self._agent_matching = self._dst = None
 
     def _merge(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._merged = False
@@ -101,9 +106,9 @@ class PatchedBlock:
 
     def _sample_kv(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let every token attend to the dst tokens alone, with whatever processor ``attn`` has."""
-        if self.partition is None or not can_sample_kv(attn) or self._has_mask(kwargs):
+        if self._dst is None or not can_sample_kv(attn) or self._has_mask(kwargs):
             return None
-        return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, self.partition.dst)}
+        return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, self._dst)}
 
     def _merge_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         merged = self._merge(attn, args, kwargs)

@@ -106,6 +106,7 @@ class Settings:
     cache_interval: int = 1
     cache_branch: int = 0
     cache_order: int = 0
+    patch_controlnet: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):  # normalised to Python's own types: NumPy's numbers are welcome, too

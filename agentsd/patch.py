@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
@@ -138,6 +138,15 @@ def unet_of(model: Any) -> nn.Module:
     return unet
 
 
+def controlnets_of(model: Any) -> dict[str, nn.Module]:
+    """The ControlNets of a pipeline, by name."""
+    net = getattr(model, "controlnet", None)
+    if not isinstance(net, nn.Module):
+        return {}
+    nets = getattr(net, "nets", None)
+    return {f"controlnet.nets.{i}": n for i, n in enumerate(nets)} if nets is not None else {"controlnet": net}
+
+
 def patch_of(model: Any) -> Patch | None:
     """The patch on ``model``, if there is one."""
     patch: Patch | None = getattr(unet_of(model), ATTRIBUTE, None)
@@ -167,6 +176,7 @@ def apply_patch(
     cache_interval: int = 1,
     cache_branch: int = 0,
     cache_order: int = 0,
+    patch_controlnet: bool = False,
 ) -> Model:
     """Make a diffusers pipeline faster, in place, without training: agent attention early, token merging late.
 
@@ -195,6 +205,7 @@ def apply_patch(
             outermost layers alone, with the deep features from before. 1 is off. Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
         cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls.
+        patch_controlnet: patch the attention of the pipeline's ControlNets, too.
         min_tokens: leave layers of fewer tokens as they are, where a patch costs more than it gains; 0 patches all.
 
     Returns:
@@ -225,6 +236,7 @@ def apply_patch(
         cache_interval=cache_interval,
         cache_branch=cache_branch,
         cache_order=cache_order,
+        patch_controlnet=patch_controlnet,
     )
     unet = unet_of(model)
     sites = find_sites(unet)
@@ -239,20 +251,26 @@ def apply_patch(
     if not settings.acts and settings.cache_interval == 1:
         given = "ratio=0" if ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=2)
+    nets = controlnets_of(model) if patch_controlnet else {}
+    if patch_controlnet and not nets:
+        raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
     remove_patch(model)
-    setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, model if hasattr(model, "unet") else None))
+    pipeline = model if hasattr(model, "unet") else None
+    setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, pipeline))
+    for net in nets.values():  # these run whole in every call: their residuals reach the layers that always run
+        setattr(net, ATTRIBUTE, Patch(net, find_sites(net), replace(settings, cache_interval=1), pipeline))
     recompile(model)
     return model
 
 
 def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`, in place: no hook and no attribute of it is left. Returns ``model``, patched or not."""
-    patch = patch_of(model)
-    if patch is not None:
-        unet = unet_of(model)
-        patch.remove(unet)
-        delattr(unet, ATTRIBUTE)
-        recompile(model)
+    for net in (unet_of(model), *controlnets_of(model).values()):
+        patch = getattr(net, ATTRIBUTE, None)
+        if patch is not None:
+            patch.remove(net)
+            delattr(net, ATTRIBUTE)
+            recompile(model)
     return model
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from agentsd.config import Counts, Settings
-from agentsd.patch import Patch, patch_of, unet_of
+from agentsd.patch import ATTRIBUTE, Patch, controlnets_of, patch_of, unet_of
 from agentsd.processor import can_sample_kv, can_use_agents
 from agentsd.sites import Site, find_sites, grids
 
@@ -136,9 +136,25 @@ def report(model: Any) -> Report:
         return Report(
             None, (0, 0), tuple(LayerReport(s.name, (0, 0), {}, "there is no patch") for s in find_sites(unet))
         )
-    level_grids = grids(unet, *patch.latent_size)
-    layers = tuple(_layer(unet, patch, site, level_grids[site.level]) for site in patch.sites)
-    return Report(patch.settings, patch.latent_size, layers, patch.reuse.nbytes if patch.reuse is not None else 0)
+    layers = _layers(unet, patch)
+    for name, net in controlnets_of(model).items():
+        layers += _controlnet_layers(name, net)
+    return Report(
+        patch.settings, patch.latent_size, tuple(layers), patch.reuse.nbytes if patch.reuse is not None else 0
+    )
+
+
+def _layers(net: Any, patch: Patch) -> list[LayerReport]:
+    level_grids = grids(net, *patch.latent_size)
+    return [_layer(net, patch, site, level_grids[site.level]) for site in patch.sites]
+
+
+def _controlnet_layers(name: str, net: Any) -> list[LayerReport]:
+    patch = getattr(net, ATTRIBUTE, None)
+    if patch is None:
+        note = "part of a ControlNet (patch_controlnet=True patches these)"
+        return [LayerReport(f"{name}.{site.name}", (0, 0), {}, note) for site in find_sites(net)]
+    return [replace(layer, name=f"{name}.{layer.name}") for layer in _layers(net, patch)]
 
 
 def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerReport:

@@ -122,9 +122,9 @@ class Reuse:
 
 def _blank_if_cheap(reuse: Reuse, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if reuse.cheap:
-        return reuse.blanks[name]
+        return _blank(reuse.blanks[name])
     output = forward(*args, **kwargs)
-    reuse.blanks[name] = _blank(output)
+    reuse.blanks[name] = _shapes(output)
     return output
 
 
@@ -137,8 +137,15 @@ def _features_if_cheap(reuse: Reuse, name: str, forward: Callable[..., Any], *ar
     return output
 
 
-def _blank(output: Any) -> Any:
+def _shapes(output: Any) -> Any:
     """The same shapes, without memory."""
     if isinstance(output, tuple):
-        return tuple(_blank(part) for part in output)
+        return tuple(_shapes(part) for part in output)
     return output.new_zeros(()).expand(output.shape)
+
+
+def _blank(shapes: Any) -> Any:
+    """Tensors of these shapes, each with memory of its own: adapters add to them in place."""
+    if isinstance(shapes, tuple):
+        return tuple(_blank(part) for part in shapes)
+    return shapes.new_zeros(shapes.shape)

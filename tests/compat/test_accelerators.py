@@ -1,0 +1,108 @@
+"""torch.compile, DeepCache, quantised UNets."""
+
+import pytest
+import torch
+import torch._dynamo
+from checks import check
+from conftest import make_unet, unet_inputs
+from torch._dynamo.utils import counters
+from zoo import build, runner
+
+import agentsd
+
+TIMESTEPS = (901, 801, 701, 301, 201, 101)
+SETTINGS = {
+    "agents": ({}, 2),
+    "sampling": ({"sample_kv": True, "agent_sx": 2}, 2),
+    "reuse": ({"cache_interval": 3}, 4),  # whole and cheap calls in each phase
+}
+HOW = {
+    "torch.compile": lambda unet: torch.compile(unet, backend="eager"),
+    "torch.compile, fullgraph": lambda unet: torch.compile(unet, backend="eager", fullgraph=True),
+    "compile in place": lambda unet: unet.compile(backend="eager", fullgraph=True) or unet,
+    "compile_repeated_blocks": lambda unet: unet.compile_repeated_blocks(backend="eager", fullgraph=True) or unet,
+}
+
+
+def trajectory(unet) -> torch.Tensor:
+    return torch.cat([unet(**unet_inputs(timestep=torch.tensor(t))).sample for t in TIMESTEPS])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_graph_a_phase_and_none_a_step(how, order, name):
+    settings, phases = SETTINGS[name]
+    expected = trajectory(agentsd.apply_patch(make_unet(), seed=0, **settings))
+    unet = make_unet()
+    if order == "before":
+        agentsd.apply_patch(unet, seed=0, **settings)
+    compiled = HOW[how](unet)
+    if order == "after":
+        agentsd.apply_patch(compiled, seed=0, **settings)
+    torch.testing.assert_close(trajectory(compiled), expected)
+    graphs = counters["stats"]["unique_graphs"]
+    if how != "compile_repeated_blocks":  # which also compiles the blocks that are not patched
+        assert graphs == phases
+    assert torch.equal(trajectory(compiled), trajectory(compiled))
+    assert counters["stats"]["unique_graphs"] == graphs, "a second image was compiled anew"
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_graph_that_has_run_notices_the_patch_and_its_removal(how):
+    compiled = HOW[how](make_unet())
+    plain = trajectory(compiled)
+    agentsd.apply_patch(compiled, seed=0)
+    assert torch.equal(trajectory(compiled), trajectory(agentsd.apply_patch(make_unet(), seed=0)))
+    agentsd.remove_patch(compiled)
+    assert torch.equal(trajectory(compiled), plain)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_deepcache(order):
+    deepcache = pytest.importorskip("DeepCache")
+    pipe = build("StableDiffusionPipeline")
+    run, helper = runner(pipe), deepcache.DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=2, cache_branch_id=0)
+    plain = run()
+    if order == "before":
+        helper.enable()
+    agentsd.apply_patch(pipe, seed=0)
+    if order == "after":
+        helper.enable()
+    both = run()
+    assert both.isfinite().all() and not torch.equal(both, plain)
+    helper.disable()
+    alone = run()
+    agentsd.remove_patch(pipe)
+    assert not torch.equal(alone, both) and not torch.equal(alone, plain)
+    assert torch.equal(run(), plain)
+
+
+def test_reuse_equals_deepcache():
+    """Branch 0 is DeepCache's: the same image, though ours runs one layer less."""
+    deepcache = pytest.importorskip("DeepCache")
+    pipe = build("StableDiffusionPipeline")
+    run, helper = runner(pipe, num_inference_steps=7), deepcache.DeepCacheSDHelper(pipe=pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.enable()
+    expected = run()
+    helper.disable()
+    agentsd.apply_patch(pipe, 0, cache_interval=3)
+    torch.testing.assert_close(run(), expected)
+
+
+def test_quantised():
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = build("StableDiffusionPipeline", make_unet("sd21"))
+    quantization.quantize_(pipe.unet, quantization.Int8WeightOnlyConfig())
+    check(pipe, runner(pipe))

@@ -1,0 +1,33 @@
+"""`patch_controlnet=True` patches the ControlNets' own attention."""
+
+import pytest
+import torch
+from checks import distance
+from zoo import PIPELINES
+
+import agentsd
+from agentsd.patch import controlnets_of
+
+
+@pytest.mark.parametrize("name", ["ControlNet", "several ControlNets", "SDXL ControlNet"])
+def test_patched_and_removed_with_the_unet(name):
+    pipe, run = PIPELINES[name]()
+    plain = run()
+    agentsd.apply_patch(pipe, seed=0)
+    unet_alone = run()
+    assert "patch_controlnet=True" in str(agentsd.report(pipe))
+    agentsd.apply_patch(pipe, seed=0, patch_controlnet=True)
+    both = run()
+    assert not torch.equal(both, unet_alone)
+    assert distance(both, plain) < 0.5
+    names = {layer.name.split(".")[0] for layer in agentsd.report(pipe).patched}
+    assert names >= {"controlnet", "down_blocks"}
+    agentsd.remove_patch(pipe)
+    assert torch.equal(run(), plain)
+    assert not any(module._forward_pre_hooks for net in controlnets_of(pipe).values() for module in net.modules())
+
+
+def test_a_pipeline_without_one():
+    pipe, _ = PIPELINES["text to image"]()
+    with pytest.raises(ValueError, match="has no ControlNet"):
+        agentsd.apply_patch(pipe, patch_controlnet=True)
