@@ -125,3 +125,10 @@ def kind(request) -> str:
 def no_grad():
     with torch.no_grad():
         yield
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many combinations of the compatibility table were tried."""
+    tried = [r for r in terminalreporter.stats.get("passed", []) if r.when == "call" and "compat/" in r.nodeid]
+    if tried:
+        terminalreporter.write_line(f"compatibility: {len(tried)} combinations tried and passed")
