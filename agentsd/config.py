@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from agentsd.presets import PRESETS
+
 # the settings that say how tokens are merged, and are idle where keys and values are sampled instead
 MERGING = {"ratio", "agent_ratio", "k_scale2", "k_shortcut", "merge_attn", "merge_crossattn", "merge_mlp"}
 
@@ -168,6 +170,18 @@ class Settings:
         """The phases that the schedule reaches, in its order."""
         reached = ((self.agent, self.agent_steps > 0), (self.merge, self.agent_steps < 1))
         return tuple(phase for phase, holds in reached if holds)
+
+
+def with_preset(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` settings, those at their defaults replaced by the preset's."""
+    if preset is None:
+        return given
+    names = ", ".join(map(repr, PRESETS))
+    _require(preset in PRESETS, "preset", preset, f"one of {names}, or None for the paper's schedule")
+    defaults = {field.name: field.default for field in fields(Settings)}
+    return {
+        name: PRESETS[preset].get(name, value) if value == defaults[name] else value for name, value in given.items()
+    }
 
 
 def _converted(kind: type, name: str, value: Any) -> Any:

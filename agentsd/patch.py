@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agentsd.block import PatchedBlock
 from agentsd.compiled import outside_the_graph, recompile
-from agentsd.config import Settings
+from agentsd.config import Settings, with_preset
 from agentsd.matching import partition
 from agentsd.reuse import Reuse
 from agentsd.schedule import Trajectory
@@ -157,6 +157,7 @@ def apply_patch(
     model: Model,
     ratio: float = 0.4,
     *,
+    preset: str | None = None,
     agent_steps: float = 0.4,
     agent_ratio: float = 0.95,
     agent_sx: int = 4,
@@ -186,6 +187,8 @@ def apply_patch(
         model: a pipeline, or its UNet. With a UNet alone there is no scheduler to follow, and the agent phase is
             ``timestep >= (1 - agent_steps) * 1000``.
         ratio: share of the tokens to merge in each patched layer, at most ``1 - 1 / (sx * sy)``.
+        preset: the name of a set of these settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"`` or ``"fast"``.
+            Settings given beside it, other than their defaults, go before it. None is the paper's schedule.
         agent_steps: share of the denoising trajectory under agent attention: 0 never, 1 always.
         agent_ratio: share of the tokens merged into agents; what remains, ``1 - agent_ratio``, are the agents, but
             at least one for every ``agent_sx`` x ``agent_sy`` cell.
@@ -215,29 +218,30 @@ def apply_patch(
         TypeError: ``model`` or an argument is of the wrong type.
         ValueError: an argument is out of its range, or ``model`` has no layer to patch.
     """
-    settings = Settings(
-        ratio=ratio,
-        agent_steps=agent_steps,
-        agent_ratio=agent_ratio,
-        agent_sx=agent_sx,
-        agent_sy=agent_sy,
-        sx=sx,
-        sy=sy,
-        max_downsample=max_downsample,
-        k_scale2=k_scale2,
-        k_shortcut=k_shortcut,
-        use_rand=use_rand,
-        seed=seed,
-        merge_attn=merge_attn,
-        merge_crossattn=merge_crossattn,
-        merge_mlp=merge_mlp,
-        sample_kv=sample_kv,
-        min_tokens=min_tokens,
-        cache_interval=cache_interval,
-        cache_branch=cache_branch,
-        cache_order=cache_order,
-        patch_controlnet=patch_controlnet,
-    )
+    arguments: dict[str, Any] = {
+        "ratio": ratio,
+        "agent_steps": agent_steps,
+        "agent_ratio": agent_ratio,
+        "agent_sx": agent_sx,
+        "agent_sy": agent_sy,
+        "sx": sx,
+        "sy": sy,
+        "max_downsample": max_downsample,
+        "k_scale2": k_scale2,
+        "k_shortcut": k_shortcut,
+        "use_rand": use_rand,
+        "seed": seed,
+        "merge_attn": merge_attn,
+        "merge_crossattn": merge_crossattn,
+        "merge_mlp": merge_mlp,
+        "sample_kv": sample_kv,
+        "min_tokens": min_tokens,
+        "cache_interval": cache_interval,
+        "cache_branch": cache_branch,
+        "cache_order": cache_order,
+        "patch_controlnet": patch_controlnet,
+    }
+    settings = Settings(**with_preset(preset, arguments))
     unet = unet_of(model)
     sites = find_sites(unet)
     found = sorted({site.downsample for site in sites if not site.skip})

@@ -1,0 +1,164 @@
+"""How much faster? Seconds a denoiser call of every method, in turn, on the real architectures.
+
+Random weights by default: the speed is that of trained ones, and nothing is downloaded. A method's calls may cost
+differently early and late in the trajectory, and with feature reuse whole or cheap, so one call of each kind is timed
+in each round, and the schedule of ``--steps`` steps is put together from them. Ratios are taken within a round.
+
+    python benchmarks/latency.py --model sd15 --dtype bfloat16 --size 512
+    python benchmarks/latency.py --model sdxl --dtype bfloat16 --size 1024 --methods "agentsd fast" --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from architectures import ARCHITECTURES, flops, load_unet, random_inputs
+from card import card, write_json
+from measure import PeakMemory, breakdown
+from methods import Method, chosen
+from rich.console import Console
+from rich.progress import Progress
+from tables import latency_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PHASES = {"early": 901, "late": 101}  # where in the trajectory each phase is timed
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sd15", help=f"{', '.join(ARCHITECTURES)}, a model id or a folder")
+    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default: 512)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=2, help="samples a call; guidance makes two of one image")
+    parser.add_argument("--steps", type=int, default=50, help="of the schedule that is put together (default: 50)")
+    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default: 3)")
+    parser.add_argument("--methods", nargs="+", help="names as in methods.py (default: all)")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[], help="agentsd and tomesd at these, too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet for every method")
+    parser.add_argument("--profile", action="store_true", help="where a call's time goes, by kind of layer")
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/latency-...json)")
+    args = parser.parse_args()
+    for name in ("batch", "steps", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
+    if args.size < 64 or args.size % 64:
+        parser.error(f"--size {args.size}: give a multiple of 64 pixels")
+    suffix = "-compiled" if args.compile else ""
+    name = f"latency-{Path(args.model).name}-{args.size}-{args.dtype}{suffix}.json"
+    args.out = args.out or Path(__file__).with_name("results") / name
+    return args
+
+
+class Calls:
+    """The kinds of call that a method's schedule has, and how often."""
+
+    def __init__(self, method: Method, steps: int) -> None:
+        early = steps if method.phases is None else round(method.phases * steps)
+        self.counts = dict.fromkeys(((phase, whole) for phase in PHASES for whole in (True, False)), 0)
+        for step in range(steps):
+            self.counts["early" if step < early else "late", step % method.interval == 0] += 1
+
+    def of(self, phase: int) -> list[bool]:
+        """The kinds to time in one phase: a cheap call always follows a whole one, which may be there for it alone."""
+        cheap = self.counts[phase, False] > 0
+        return [True] * (self.counts[phase, True] > 0 or cheap) + [False] * cheap
+
+    def schedule_seconds(self, seconds: dict[tuple[str, bool], float]) -> float:
+        return sum(count * seconds[kind] for kind, count in self.counts.items() if count)
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.unet = load_unet(args.model, DTYPES[args.dtype], args.device)
+        self.extra = random_inputs(self.unet, args.batch, args.size)
+        self.sample, self.text = (self.extra.pop(name) for name in ("sample", "encoder_hidden_states"))
+        if args.compile:
+            self.unet.compile()
+        # methods that follow a pipeline's scheduler find a schedule that holds the calls to be timed
+        timesteps = [start - i for start in PHASES.values() for i in range(12)]
+        self.scheduler = SimpleNamespace(timesteps=torch.tensor(timesteps), order=1)
+
+    @torch.inference_mode()
+    def call(self, timestep: int) -> float:
+        start = time.perf_counter()
+        output = self.unet(self.sample, torch.tensor(timestep), self.text, **self.extra).sample
+        output.float().mean().item()  # reading a value waits for the device
+        return time.perf_counter() - start
+
+    def round(self, method: Method) -> dict[str, Any]:
+        calls, seconds = Calls(method, self.args.steps), {}
+        with PeakMemory(self.args.device) as memory:
+            for phase in PHASES:
+                undo = method.apply(self)
+                try:
+                    if self.args.compile:
+                        self.run(phase, calls.of(phase))
+                    seconds |= self.run(phase, calls.of(phase))
+                finally:
+                    undo()
+        name = lambda phase, whole: f"{phase} {'whole' if whole else 'cheap'}"
+        named = {name(*kind): value for kind, value in seconds.items()}
+        return {"calls": named, "schedule": calls.schedule_seconds(seconds), "peak_mb": memory.peak_mb}
+
+    def run(self, phase: str, kinds: list[bool]) -> dict[tuple[str, bool], float]:
+        return {(phase, whole): self.call(PHASES[phase] - (not whole)) for whole in kinds}
+
+
+def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
+    ratios = [b["schedule"] / r["schedule"] for r, b in zip(rounds, base, strict=True)]
+    return {
+        "method": name,
+        "ratio": method.ratio,
+        "calls": {kind: statistics.median(r["calls"][kind] for r in rounds) for kind in rounds[0]["calls"]},
+        "schedule": statistics.median(r["schedule"] for r in rounds),
+        "speedup": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+        "peak_mb": max(r["peak_mb"] for r in rounds),
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        methods = chosen(args.methods, args.ratios)
+        bench = Bench(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    with Progress(transient=True) as progress:
+        task = progress.add_task("interleaved rounds", total=(args.rounds + 1) * len(methods))
+        for _ in range(args.rounds + 1):
+            for name, method in methods.items():
+                rounds[name].append(bench.round(method))
+                progress.advance(task)
+    measured = {name: kept[1:] for name, kept in rounds.items()}  # the first round warms up
+    rows = [summary(name, method, measured[name], measured["unpatched"]) for name, method in methods.items()]
+    result: dict[str, Any] = {
+        "kind": "latency",
+        **card(args.device),
+        "settings": {key: value for key, value in vars(args).items() if key != "out"},
+        "flops": flops(bench.unet, args.batch, args.size),
+        "rows": rows,
+    }
+    if args.profile:
+        result["profile"] = {
+            name: breakdown(lambda m=method: bench.round(m), bench.unet) for name, method in methods.items()
+        }
+    write_json(args.out, result)
+    Console().print(latency_table(result))
+    print(f"-> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Peak memory, and where the time of a call goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+import agentsd.block
+
+
+class PeakMemory:
+    """The most that was allocated: CUDA's allocator, or on a CPU the growth of the resident set, sampled."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.peak_mb = 0.0
+
+    def __enter__(self) -> PeakMemory:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return self
+        self._process, self._done = psutil.Process(os.getpid()), threading.Event()
+        self._start = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.02):
+            self.peak_mb = max(self.peak_mb, (self._process.memory_info().rss - self._start) / 2**20)
+
+    def __exit__(self, *_: object) -> None:
+        if self.cuda:
+            self.peak_mb = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            self._done.set()
+            self._thread.join()
+
+
+@contextlib.contextmanager
+def timed(unet: nn.Module, seconds: dict[str, float]) -> Iterator[None]:
+    """Seconds of each kind of layer, and of the patch's own work. For CPUs, which do not queue."""
+    handles, begun = [], {}
+
+    def hook(kind: str, module: nn.Module) -> None:
+        def before(*_: Any) -> None:
+            begun[module] = time.perf_counter()
+
+        def after(*_: Any) -> None:
+            seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - begun[module]
+
+        # first of all and last of all, so that a patch's own hooks are not counted as the layer's
+        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after, prepend=True)])
+
+    for name, module in unet.named_modules():
+        if name.endswith(".attn1"):
+            hook("self-attention", module)
+        elif name.endswith(".attn2"):
+            hook("cross-attention", module)
+        elif name.endswith(".ff"):
+            hook("MLP", module)
+        elif isinstance(module, ResnetBlock2D) or ("samplers." in name and name.endswith("conv")):
+            hook("convolutions", module)
+    functions = ("bipartite_soft_matching", "merge", "unmerge")
+    originals = {name: getattr(agentsd.block, name) for name in functions}
+    for name, function in originals.items():
+        setattr(agentsd.block, name, _counted(function, seconds))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(agentsd.block, name, function)
+        for handle in handles:
+            handle.remove()
+
+
+def _counted(function: Callable[..., Any], seconds: dict[str, float]) -> Callable[..., Any]:
+    def around(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args)
+        seconds["matching and merging"] = seconds.get("matching and merging", 0.0) + time.perf_counter() - start
+        return result
+
+    return around
+
+
+def breakdown(run: Callable[[], dict[str, Any]], unet: nn.Module) -> dict[str, float]:
+    """Shares of the time of all calls that ``run`` makes, by kind of layer."""
+    seconds: dict[str, float] = {}
+    with timed(unet, seconds):
+        total = sum(run()["calls"].values())
+    shares = {kind: round(value / total, 4) for kind, value in seconds.items()}
+    return {**shares, "everything else": round(1 - sum(shares.values()), 4), "seconds": total}

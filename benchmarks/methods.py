@@ -1,0 +1,131 @@
+"""What is compared: every method is a function that applies itself to a pipeline, or to something with a ``unet``.
+
+Each returns how to undo it. A further peer is one function more, and one line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import agentsd
+from agentsd.sites import find_sites
+
+Undo = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a table.
+
+    Attributes:
+        apply: takes the pipeline, returns how to undo it.
+        interval: one denoiser call in this many is whole, where deep features are reused.
+        phases: share of the steps after which calls cost something else; None where they never do.
+        ratio: share of the tokens merged, for the table; None where none is.
+    """
+
+    apply: Callable[[Any], Undo]
+    interval: int = 1
+    phases: float | None = None
+    ratio: float | None = None
+
+
+def agent(**settings: Any) -> Method:
+    def apply(pipe: Any) -> Undo:
+        agentsd.apply_patch(pipe, seed=0, min_tokens=0, **settings)
+        return lambda: agentsd.remove_patch(pipe)
+
+    values = agentsd.PRESETS.get(settings.get("preset"), {}) | settings
+    share = None if values.get("sample_kv") and "agent_sx" not in values else values.get("agent_steps", 0.4)
+    ratio = None if values.get("sample_kv") else values.get("ratio", 0.4)
+    return Method(apply, values.get("cache_interval", 1), share if ratio != 0 else None, ratio or None)
+
+
+def tome(ratio: float) -> Method:
+    """Token Merging for Stable Diffusion (tomesd on PyPI)."""
+
+    def apply(pipe: Any) -> Undo:
+        import tomesd  # noqa: PLC0415
+
+        tomesd.apply_patch(pipe.unet, ratio=ratio)
+        return lambda: tomesd.remove_patch(pipe.unet)
+
+    return Method(apply, ratio=ratio)
+
+
+def deepcache(interval: int) -> Method:
+    """DeepCache (PyPI), at its outermost branch."""
+
+    def apply(pipe: Any) -> Undo:
+        from DeepCache import DeepCacheSDHelper  # noqa: PLC0415
+
+        helper = DeepCacheSDHelper(pipe=pipe)
+        helper.set_params(cache_interval=interval, cache_branch_id=0)
+        helper.enable()
+        return helper.disable
+
+    return Method(apply, interval)
+
+
+def together(first: Method, second: Method) -> Method:
+    def apply(pipe: Any) -> Undo:
+        undo_first, undo_second = first.apply(pipe), second.apply(pipe)
+        return lambda: (undo_second(), undo_first())
+
+    return Method(
+        apply, max(first.interval, second.interval), first.phases or second.phases, first.ratio or second.ratio
+    )
+
+
+def no_attention(pipe: Any) -> Undo:
+    """No self-attention at the highest resolution at all: the limit of what a patch of it can give."""
+    sites = [site for site in find_sites(pipe.unet) if not site.skip]
+    top = min(site.level for site in sites)
+    layers = [pipe.unet.get_submodule(site.name).attn1 for site in sites if site.level == top]
+    for layer in layers:
+        layer.forward = lambda hidden_states, **_: torch.zeros_like(hidden_states)
+    return lambda: [layer.__dict__.pop("forward") for layer in layers]
+
+
+def unpatched(pipe: Any) -> Undo:
+    return lambda: None
+
+
+METHODS: dict[str, Method] = {
+    "unpatched": Method(unpatched),
+    "tomesd r=0.4": tome(0.4),
+    "agentsd r=0.4 (the paper's schedule)": agent(),
+    "agentsd r=0.4, agents in all steps": agent(agent_steps=1.0),
+    "agentsd r=0.4, merging in all steps": agent(agent_steps=0.0),
+    "agentsd, keys and values sampled 2x2": agent(sample_kv=True, agent_sx=2, agent_sy=2),
+    "agentsd, keys and values sampled 3x3": agent(sample_kv=True, sx=3, sy=3, agent_sx=3, agent_sy=3),
+    "DeepCache N=3": deepcache(3),
+    "tomesd r=0.4 + DeepCache N=3": together(tome(0.4), deepcache(3)),
+    "agentsd r=0.4 + DeepCache N=3": together(agent(), deepcache(3)),
+    "agentsd r=0.4, reuse N=3": agent(cache_interval=3),
+    "agentsd, reuse N=2": agent(ratio=0, cache_interval=2, cache_order=1),
+    "agentsd, reuse N=3": agent(ratio=0, cache_interval=3, cache_order=1),
+    "agentsd quality": agent(preset="quality"),
+    "agentsd balanced": agent(preset="balanced"),
+    "agentsd fast": agent(preset="fast"),
+    "no self-attention at the top (the limit)": Method(no_attention),
+}
+
+
+def chosen(names: list[str] | None, ratios: list[float]) -> dict[str, Method]:
+    """The methods of these names, or all, and of agentsd and tomesd one at each ratio.
+
+    Raises:
+        ValueError: a name is none of ours.
+    """
+    unknown = [name for name in names or () if name not in METHODS]
+    if unknown:
+        raise ValueError(f"--methods {unknown[0]!r} is not known: give some of {', '.join(map(repr, METHODS))}")
+    picked = {name: METHODS[name] for name in METHODS if not names or name in names or name == "unpatched"}
+    for ratio in ratios:
+        picked |= {f"tomesd r={ratio:g}": tome(ratio), f"agentsd r={ratio:g}": agent(ratio=ratio)}
+    return picked

@@ -1,0 +1,72 @@
+"""Results as tables: for the terminal, and as Markdown for the README and the results page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+Rows = list[tuple[str, ...]]
+
+
+def latency_rows(result: dict[str, Any]) -> Rows:
+    steps = result["settings"]["steps"]
+    rows: Rows = [("method", "r %", "early call, s", "late call, s", "cheap call, s", f"{steps} steps, s", "speed-up")]
+    for row in result["rows"]:
+        calls = row["calls"]
+        cheap = [calls[kind] for kind in ("early cheap", "late cheap") if kind in calls]
+        low, high = row["spread"]
+        rows.append(
+            (
+                row["method"],
+                f"{100 * row['ratio']:.0f}" if row["ratio"] else "",
+                f"{calls['early whole']:.2f}" if "early whole" in calls else "",
+                f"{calls.get('late whole', calls.get('early whole')):.2f}",
+                " / ".join(f"{seconds:.2f}" for seconds in cheap),
+                f"{row['schedule']:.1f}",
+                f"{row['speedup']:.2f}x ({low:.2f}-{high:.2f})",
+            )
+        )
+    return rows
+
+
+def quality_rows(result: dict[str, Any]) -> Rows:
+    metrics = list(dict.fromkeys(key for row in result["rows"] for key in row["metrics"]))
+    rows: Rows = [("method", *metrics)]
+    for row in result["rows"]:
+        values = [row["metrics"].get(metric) for metric in metrics]
+        rows.append((row["method"], *("" if value is None else f"{value:.4g}" for value in values)))
+    return rows
+
+
+def title(result: dict[str, Any]) -> str:
+    settings, hardware = result["settings"], result["hardware"]
+    where = hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']} ({hardware['instructions']})"
+    if result["kind"] == "latency":
+        compiled = ", compiled" if settings["compile"] else ""
+        case = f"{settings['model']}, {settings['size']} px, {settings['dtype']}, batch {settings['batch']}"
+        return f"{case}{compiled}, {where}"
+    return f"{settings['model']}, {settings['images']} images, {settings['steps']} steps, {where}"
+
+
+def rich_table(result: dict[str, Any], rows: Rows) -> Table:
+    table = Table(title=title(result))
+    for i, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def latency_table(result: dict[str, Any]) -> Table:
+    return rich_table(result, latency_rows(result))
+
+
+def quality_table(result: dict[str, Any]) -> Table:
+    return rich_table(result, quality_rows(result))
+
+
+def markdown(rows: Rows) -> str:
+    lines = [" | ".join(row) for row in rows]
+    lines.insert(1, "|".join(["---"] + ["---:"] * (len(rows[0]) - 1)))
+    return "\n".join(f"| {line} |" if not line.startswith("---") else f"|{line}|" for line in lines)
