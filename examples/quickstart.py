@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", nargs="+", help="one or more prompts")
     parser.add_argument("--ratio", type=float, default=0.4, help="share of the tokens to merge (default: 0.4)")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     parser.add_argument("--device", default=default_device(), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("quickstart.png"), help="default: quickstart.png")

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"))
     parser.add_argument("--each", type=int, default=1, help="prompts of each thing, trained and unseen")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.4)
     return parser.parse_args()
@@ -65,13 +65,12 @@ def references(scenes: Scenes, features: Features) -> tuple[list[Scene], torch.T
 def prompts(scenes: Scenes, each: int, *, held_out: bool) -> list[Scene]:
     """``each`` scenes of every thing."""
     rng = random.Random(int(held_out))
-    wanted = []
+    colours, places, sizes = list(BACKGROUNDS), list(PLACES), list(SIZES)
+    wanted: list[Scene] = []
     for thing in scenes.things:
-        while sum(scene.thing == thing for scene in wanted) < each:
-            scene = scenes.draw(rng, held_out=held_out)
-            scene = Scene(thing, scene.background, scene.place, scene.size, scene.mirrored)
-            if scene.held_out == held_out:
-                wanted.append(scene)
+        while len(wanted) < each * (scenes.things.index(thing) + 1):
+            scene = Scene(thing, rng.choice(colours), rng.choice(places), rng.choice(sizes), rng.random() < 0.5)
+            wanted += [scene] * (scene.held_out == held_out)
     return wanted
 
 

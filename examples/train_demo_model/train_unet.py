@@ -22,7 +22,6 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -177,14 +176,13 @@ def diffusion_loss(nets, scheduler, latents, ids, generator) -> torch.Tensor:
     return ((output - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
 
 
-def pipeline(nets, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler=PNDMScheduler) -> StableDiffusionPipeline:
-    extra = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {"clip_sample": False}
+def pipeline(nets, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
         vae,
         nets["text_encoder"],
         tokenizer,
         nets["unet"],
-        scheduler(**SAMPLER, **extra),
+        DDIMScheduler(**SAMPLER, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -194,7 +192,7 @@ def pipeline(nets, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler=PNDMS
 
 
 def preview(nets, vae, tokenizer, canvas: int):
-    pipe = pipeline(nets, vae, tokenizer, DDIMScheduler)
+    pipe = pipeline(nets, vae, tokenizer)
     generators = [torch.Generator().manual_seed(i) for i in range(len(PREVIEW))]
     size = {"height": canvas, "width": canvas}
     images = pipe(PREVIEW, num_inference_steps=20, guidance_scale=4.0, generator=generators, **size).images
