@@ -113,28 +113,38 @@ def real_size_unet(device: str) -> UNet2DConditionModel:
 def time_real_size(ratio: float, device: str, seconds: float = 45.0) -> None:
     """Median seconds of a UNet call at 512x512, the variants in turn for about ``seconds``."""
     unet = real_size_unet(device)
-    inputs = torch.randn(1, 4, 64, 64), torch.tensor(500), torch.randn(1, 77, 768)
-    inputs = [x.to(device, unet.dtype if x.is_floating_point() else None) for x in inputs]
-    variants = {"unpatched": None, "agent step": 1.0, "merging step": 0.0}
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    like = next(unet.parameters())
+    sample, text = (torch.randn(1, *shape).to(like) for shape in ((4, 64, 64), (77, 768)))
+    variants = {"unpatched": None, "agent step": {"agent_steps": 1.0}, "merging step": {"agent_steps": 0.0}}
+    variants["preset"] = {"preset": "fast"}
+    times: dict[str, list[float]] = {name: [] for name in [*variants, "preset, cheap"]}
     began = time.perf_counter()
+
+    def call(name: str, timestep: int) -> None:
+        start = time.perf_counter()
+        unet(sample, torch.tensor(timestep), text).sample.float().mean().item()  # reading a value waits for the device
+        times[name].append(time.perf_counter() - start)
+        bar.update()
+
     with tqdm(desc="UNet calls at 512x512", unit="call") as bar:
         while min(map(len, times.values())) < 2 or time.perf_counter() - began < seconds:
-            for name, agent_steps in variants.items():
-                if agent_steps is not None:
-                    agentsd.apply_patch(unet, ratio, agent_steps=agent_steps)
-                start = time.perf_counter()
-                unet(*inputs).sample.float().mean().item()  # reading a value waits for the device
-                times[name].append(time.perf_counter() - start)
+            for name, settings in variants.items():
+                if settings is not None:
+                    agentsd.apply_patch(unet, **({"ratio": ratio} if "preset" not in settings else {}), **settings)
+                call(name, 500)
+                if name == "preset":
+                    call("preset, cheap", 499)  # the next step takes the deep features of the last
                 agentsd.remove_patch(unet)
-                bar.update()
-    plain, agent, merging = (statistics.median(t[1:]) for t in times.values())  # the first round warms up
-    schedule = plain / (0.4 * agent + 0.6 * merging)
+    plain, agent, merging, whole, cheap = (statistics.median(t[1:]) for t in times.values())  # the first warms up
+    interval = agentsd.PRESETS["fast"]["cache_interval"]
+    fast = (whole + (interval - 1) * cheap) / interval
     print(
         f"\nStable Diffusion 1.5's UNet, random weights, 512x512, batch 1, {str(unet.dtype)[6:]}, {device}, ratio "
         f"{ratio:g}, against fused attention:\n"
         f"  unpatched {plain:.2f} s   agent step {agent:.2f} s ({plain / agent:.2f}x)   "
-        f"merging step {merging:.2f} s ({plain / merging:.2f}x)   whole schedule {schedule:.2f}x"
+        f"merging step {merging:.2f} s ({plain / merging:.2f}x)   "
+        f"whole schedule {plain / (0.4 * agent + 0.6 * merging):.2f}x\n"
+        f'  apply_patch(pipe, preset="fast"): {fast:.2f} s a step ({plain / fast:.2f}x)'
     )
 
 

@@ -1,5 +1,6 @@
 """The README's first command, with fewer steps, and the demo model it uses."""
 
+import json
 import subprocess
 import sys
 
@@ -87,3 +88,11 @@ def test_things_have_short_names():
     assert 100 <= len(names) <= 150
     assert len(set(names)) == len(names)
     assert max(len(name.split()) for name in names) <= 3
+
+
+def test_the_model_card_gives_the_evaluation():
+    card = (DEMO_MODEL / "README.md").read_text()
+    evaluation = json.loads((DEMO_MODEL / "evaluation.json").read_text())
+    for part in ("trained scenes", "unseen combinations"):
+        figures = [f"{evaluation[part][method]:.0%}" for method in ("real images", "unpatched", "agentsd")]
+        assert f"| {part} | {' | '.join(figures)} |" in card

@@ -56,16 +56,22 @@ class Scene:
         return zlib.crc32(key.encode()) % 5 == 0
 
 
+def emoji_codes() -> dict[str, str]:
+    """The things that there are, each with the code points of its emoji."""
+    lines = Path(__file__).with_name("things.txt").read_text().splitlines()
+    pairs = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
+    return {name: code for code, name in pairs}
+
+
+def things() -> list[str]:
+    return list(emoji_codes())
+
+
 class Scenes:
     """Renders scenes from a folder of 64x64 emoji PNGs (``emoji-datasource-google``, ``img/google/64``)."""
 
     def __init__(self, emoji_folder: Path):
-        lines = [
-            line
-            for line in Path(__file__).with_name("things.txt").read_text().splitlines()
-            if line and not line.startswith("#")
-        ]
-        self.files = {name: emoji_folder / f"{code}.png" for code, name in (line.split(" ", 1) for line in lines)}
+        self.files = {name: emoji_folder / f"{code}.png" for name, code in emoji_codes().items()}
         missing = [path.name for path in self.files.values() if not path.exists()]
         if missing:
             raise SystemExit(

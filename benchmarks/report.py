@@ -1,0 +1,156 @@
+"""All results as one Markdown page and one self-contained HTML file.
+
+python benchmarks/report.py                   # benchmarks/results/README.md and report.html
+python benchmarks/report.py --images runs/quality   # with a before-and-after slider for each method
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from tables import latency_rows, markdown, quality_rows, title
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+RESULTS = Path(__file__).with_name("results")
+INTRODUCTION = """# Results
+
+Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. Measured on
+CPUs alone: speed on the real architectures with random weights, quality on the demo model, whose 32x32 latents have
+1,024 tokens. Speed-ups are medians of ratios taken within a round, against PyTorch's fused attention; the range is
+that of the rounds. What the paper measured (an RTX 4090, naive attention) is in the README, and is labelled so. Nobody
+has measured yet, to our knowledge: FID of this implementation with trained Stable Diffusion weights, and its speed on
+a GPU against fused attention.
+"""
+STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
+td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
+.pair{position:relative;display:inline-block;margin:.5em}.pair img{width:256px;display:block}
+.pair img+img{position:absolute;top:0;left:0}.pair input{width:256px}svg{max-width:100%;height:auto}"""
+SCRIPT = """document.querySelectorAll('.pair input').forEach(s=>s.oninput=()=>{
+s.parentNode.querySelectorAll('img')[1].style.clipPath=`inset(0 0 0 ${s.value}%)`});
+document.querySelectorAll('svg').forEach(s=>s.onwheel=e=>{e.preventDefault();
+const b=s.viewBox.baseVal,k=e.deltaY<0?.9:1.1;b.x+=b.width*(1-k)/2;b.y+=b.height*(1-k)/2;b.width*=k;b.height*=k})"""
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The results of a folder, latency before quality, by model, data type and size."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    order = lambda r: (r["kind"], r["settings"]["model"], r["settings"].get("dtype", ""), r["settings"].get("size", 0))
+    return sorted(found, key=order)
+
+
+def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    return latency_rows(result) if result["kind"] == "latency" else quality_rows(result)
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    parts = [INTRODUCTION]
+    for result in results:
+        parts += [f"## {title(result)}", f"`{result['command']}`", versions(result), markdown(rows_of(result))]
+        parts += result.get("notes", [])
+        if "profile" in result:
+            parts += ["Where the time of a call goes:", markdown(profile_rows(result))]
+    return "\n\n".join(parts) + "\n"
+
+
+def versions(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+
+
+def profile_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    kinds = list(dict.fromkeys(kind for shares in result["profile"].values() for kind in shares if kind != "seconds"))
+    rows: list[tuple[str, ...]] = [("method", *kinds)]
+    for name, shares in result["profile"].items():
+        rows.append((name, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds)))
+    return rows
+
+
+def front(latency: dict[str, Any], quality: dict[str, Any], metric: str) -> str:
+    """Quality against speed as SVG, one point per method, the Pareto front drawn."""
+    speed = {row["method"]: row["speedup"] for row in latency["rows"]}
+    points = [
+        (speed[row["method"]], row["metrics"][metric], row["method"])
+        for row in quality["rows"]
+        if row["method"] in speed and metric in row["metrics"] and row["method"] != "unpatched"
+    ]
+    better = 1 if metric.startswith("PSNR") else -1
+    best = [p for p in points if not any(q[0] >= p[0] and better * (q[1] - p[1]) >= 0 and q != p for q in points)]
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    for x, y, name in points:
+        axes.scatter(x, y, color="tab:red" if name.startswith("agentsd") else "tab:blue")
+        axes.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.plot(*zip(*[(x, y) for x, y, _ in sorted(best)], strict=True), color="gray", linewidth=1)
+    axes.set(xlabel=f"speed-up: {title(latency)}", ylabel=f"{metric}, demo model")
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.S)
+
+
+def fronts(results: list[dict[str, Any]]) -> list[str]:
+    latencies = [r for r in results if r["kind"] == "latency"]
+    return [
+        front(latency, quality, metric)
+        for quality in results
+        if quality["kind"] == "quality"
+        for latency in latencies
+        for metric in ("PSNR, dB", "FD-EffNetLite0")
+        if sum(metric in row["metrics"] for row in quality["rows"]) > 2
+    ]
+
+
+def sliders(folder: Path, count: int = 6) -> str:
+    """Unpatched and patched on top of each other, for the first images of each method."""
+    parts = []
+    for method in sorted(
+        path for path in folder.iterdir() if path.is_dir() and path.name not in ("real", "unpatched")
+    ):
+        parts.append(f"<h3>{html.escape(method.name)}</h3>")
+        for path in sorted(method.glob("*.png"))[:count]:
+            pair = [data_url(folder / "unpatched" / path.name), data_url(path)]
+            images = "".join(f'<img src="{url}" alt="">' for url in pair)
+            parts.append(f'<span class="pair">{images}<input type="range" value="0" aria-label="compare"></span>')
+    return "\n".join(parts)
+
+
+def data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def report(results: list[dict[str, Any]], images: Path | None) -> str:
+    parts = []
+    for result in results:
+        first, *rest = rows_of(result)
+        cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        table = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rest)
+        parts.append(f"<h2>{html.escape(title(result))}</h2><p><code>{html.escape(result['command'])}</code></p>")
+        parts.append(f"<table><tr>{cells(first, 'th')}</tr>{table}</table>")
+    body = "\n".join([*parts, "<h2>Quality against speed</h2>", *fronts(results), sliders(images) if images else ""])
+    head = f'<meta charset="utf-8"><title>agentsd: benchmarks</title><style>{STYLE}</style>'
+    return f"<!doctype html>{head}<h1>agentsd: benchmarks</h1>{body}<script>{SCRIPT}</script>"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
+    parser.add_argument("--images", type=Path, help="folder that quality.py filled, for the sliders")
+    args = parser.parse_args()
+    results = load(args.results)
+    if not results:
+        parser.error(f"--results {args.results}: there is no JSON file; run latency.py or quality.py first")
+    (args.results / "README.md").write_text(page(results))
+    (args.results / "report.html").write_text(report(results, args.images))
+    print(f"-> {args.results / 'README.md'}, {args.results / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

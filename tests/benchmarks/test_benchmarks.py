@@ -1,0 +1,131 @@
+"""The benchmark commands from end to end, on the demo model and few small images."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+BENCHMARKS, DEMO_MODEL = ROOT / "benchmarks", ROOT / "examples" / "demo_model"
+sys.path.insert(0, str(BENCHMARKS))
+METHODS = ["agentsd r=0.4 (the paper's schedule)", "agentsd fast"]
+FEW = ["--images", "4", "--steps", "2", "--batch", "2", "--methods", METHODS[1]]
+
+pytest.importorskip("torch_fidelity", reason="the extra `bench` is not installed")
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_latency(tmp_path):
+    out = tmp_path / "latency.json"
+    small = ["--model", DEMO_MODEL, "--size", "128", "--dtype", "float32", "--rounds", "1"]
+    result = run("latency.py", *small, "--methods", *METHODS, "--profile", "--out", out)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(out.read_text())
+    assert [row["method"] for row in data["rows"]] == ["unpatched", *METHODS]
+    assert data["flops"]["total"] > sum(v for k, v in data["flops"].items() if k != "total") > 0
+    assert data["rows"][0]["speedup"] == 1
+    assert set(data["rows"][2]["calls"]) == {"early whole", "early cheap"}
+    shares = data["profile"][METHODS[0]]
+    assert shares["matching and merging"] > 0 and shares["self-attention"] > 0
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quality")
+    result = run("quality.py", *FEW, "--folder", folder, "--out", folder / "quality.json")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*.png"))}
+
+
+def test_quality(images):
+    rows = {row["method"]: row["metrics"] for row in json.loads((images / "quality.json").read_text())["rows"]}
+    assert rows["unpatched"]["PSNR, dB"] == 100
+    assert 5 < rows[METHODS[1]]["PSNR, dB"] < 100
+    assert rows[METHODS[1]]["FD-EffNetLite0"] > 0
+
+
+def test_resumed_equals_uninterrupted(images, tmp_path):
+    """Killed after one image, in the middle of the next: the rest is made, nothing twice."""
+    method = tmp_path / "agentsd-fast"
+    method.mkdir()
+    (method / "00000.png").write_bytes((images / "agentsd-fast" / "00000.png").read_bytes())
+    (method / "00001.part").write_bytes(b"torn")
+    made = (method / "00000.png").stat().st_mtime_ns
+    assert run("quality.py", *FEW, "--folder", tmp_path, "--out", tmp_path / "q.json").returncode == 0
+    assert files(tmp_path) == files(images)
+    assert (method / "00000.png").stat().st_mtime_ns == made
+
+
+def test_two_processes_make_the_images_of_one(images, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--multi_cpu"]
+    script = [BENCHMARKS / "quality.py", *FEW, "--folder", tmp_path, "--out", tmp_path / "q.json"]
+    command = [*map(str, launch), *map(str, script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path) == files(images)
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [
+        ("latency.py", ["--model", "no/such/model"], "no/such/model"),
+        ("latency.py", ["--rounds", "0"], "--rounds"),
+        ("latency.py", ["--size", "100"], "multiple of 64"),
+        ("quality.py", ["--model", "no/such/model"], "no/such/model"),
+        ("quality.py", ["--images", "0"], "--images"),
+        ("quality.py", ["--real", "no/such/folder"], "no/such/folder"),
+        ("quality.py", ["--folder", "/proc/nowhere"], "/proc/nowhere"),
+        ("quality.py", ["--prompts", "no.txt"], "no.txt"),
+        ("quality.py", ["--methods", "magic"], "magic"),
+        ("report.py", ["--results", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_one_clear_line_and_exit_code_2(script, arguments, message):
+    result = run(script, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory) -> list[Path]:
+    """Sets of images with more and more noise."""
+    folder, rng = tmp_path_factory.mktemp("noisy"), np.random.default_rng(0)
+    clean = rng.integers(60, 190, (32, 4, 4, 3)).repeat(16, 1).repeat(16, 2)
+    for level in (0, 8, 32):
+        (folder / str(level)).mkdir()
+        for i, pixels in enumerate(clean):
+            image = (pixels + rng.normal(0, level, pixels.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / str(level) / f"{i:05d}.png")
+    return [folder / str(level) for level in (0, 8, 32)]
+
+
+def test_a_set_is_at_distance_0_from_itself_and_noise_drives_it_away(noisy):
+    from metrics import EXTRACTOR, fidelity  # noqa: PLC0415
+
+    same, little, much = (fidelity(folder, noisy[0], EXTRACTOR)["FD-EffNetLite0"] for folder in noisy)
+    assert abs(same) < 1e-3 < little < much
+
+
+def test_the_report_needs_nothing_from_elsewhere(images, tmp_path):
+    small = ["--model", DEMO_MODEL, "--size", "64", "--dtype", "float32", "--rounds", "1", "--methods", *METHODS]
+    assert run("latency.py", *small, "--out", tmp_path / "latency.json").returncode == 0
+    (tmp_path / "quality.json").write_text((images / "quality.json").read_text())
+    result = run("report.py", "--results", tmp_path, "--images", images)
+    assert result.returncode == 0, result.stderr
+    page, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "README.md").read_text()
+    assert "agentsd fast" in page and 'type="range"' in page and "agentsd fast" in markdown
+    outside = [part for part in page.split('"') if part.startswith(("http:", "https:", "//")) and "w3.org" not in part]
+    assert not [url for url in outside if "purl.org" not in url and "matplotlib.org" not in url], outside
