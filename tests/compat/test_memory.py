@@ -91,8 +91,8 @@ def test_lora_training_recomputes_the_very_same_draw():
         torch.testing.assert_close(recomputed[name], gradient, msg=name)
 
 
-def test_from_single_file(tmp_path):
-    """The pipeline that `from_single_file` makes is one like any other: its UNet is patched by structure."""
+def test_saved_and_loaded(tmp_path):
+    """What a patch leaves out of a saved pipeline, and that a loaded one is patched like any other."""
     pipe = build("StableDiffusionPipeline")
     pipe.save_pretrained(tmp_path)
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path, vae=make_vae(), safety_checker=None)
