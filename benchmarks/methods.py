@@ -40,7 +40,9 @@ def agent(**settings: Any) -> Method:
         return lambda: agentsd.remove_patch(pipe)
 
     values = agentsd.PRESETS.get(settings.get("preset"), {}) | settings
-    share = None if values.get("sample_kv") and "agent_sx" not in values else values.get("agent_steps", 0.4)
+    cell = [values.get(name) for name in ("sx", "sy", "agent_sx", "agent_sy")]
+    constant = values.get("sample_kv") and cell[:2] == cell[2:]  # both phases cost the same
+    share = None if constant else values.get("agent_steps", 0.4)
     ratio = None if values.get("sample_kv") else values.get("ratio", 0.4)
     return Method(apply, values.get("cache_interval", 1), share if ratio != 0 else None, ratio or None)
 

@@ -1,7 +1,8 @@
 """What does it cost in quality? The same prompts and seeds for every method, measured against real images.
 
 Resumable: an image that is there is not made again, and one is only there when it is whole. With several devices,
-``accelerate launch benchmarks/quality.py ...`` gives each process its share of the images.
+``accelerate launch benchmarks/quality.py ...`` gives each process its share of the images; on CPUs it is
+``ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 benchmarks/quality.py ...``.
 
     python benchmarks/quality.py --model examples/demo_model --images 64
     python benchmarks/quality.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts imagenet \\
