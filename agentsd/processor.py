@@ -50,11 +50,11 @@ class AgentAttnProcessor:
         self.k_scale2 = k_scale2
         self.k_shortcut = k_shortcut
         self._own: Any = None
-        self._agents: Tensor | None = None
+        self.agents: Tensor | None = None  # (B, A, C), of the call taken over
 
     def take_over(self, attn: Any, agents: Tensor) -> None:
         """Compute the next call of ``attn``, with ``agents`` (B, A, C), before projection."""
-        self._own, attn.processor, self._agents = attn.processor, self, agents
+        self._own, attn.processor, self.agents = attn.processor, self, agents
 
     def __call__(
         self,
@@ -64,8 +64,8 @@ class AgentAttnProcessor:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, M, C) merged tokens -> (B, M, C)."""
-        attn.processor, tokens = self._own, self._agents
-        self._own = self._agents = None
+        attn.processor, tokens = self._own, self.agents
+        self._own = self.agents = None
         query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(tokens))
         key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
         if attn.norm_q is not None:
