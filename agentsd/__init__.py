@@ -4,7 +4,7 @@ Agent attention in the early denoising steps, token merging in the later ones, a
 ECCV 2024, arXiv 2312.08874).
 """
 
-from agentsd.patch import apply_patch, patched, remove_patch
+from agentsd.apply import apply_patch, patched, remove_patch
 from agentsd.presets import PRESETS
 from agentsd.report import Report, report
 

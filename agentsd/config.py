@@ -9,6 +9,7 @@ from typing import Any
 
 from agentsd.presets import PRESETS
 
+MIN_TOKENS = 1024  # where the paper's schedule is as fast as fused attention, as measured (benchmarks/NOTES.md)
 # the settings that say how tokens are merged, and are idle where keys and values are sampled instead
 MERGING = {"ratio", "agent_ratio", "k_scale2", "k_shortcut", "merge_attn", "merge_crossattn", "merge_mlp"}
 
@@ -104,7 +105,7 @@ class Settings:
     merge_crossattn: bool = False
     merge_mlp: bool = False
     sample_kv: bool = False
-    min_tokens: int = 0
+    min_tokens: int = MIN_TOKENS
     cache_interval: int = 1
     cache_branch: int = 0
     cache_order: int = 0

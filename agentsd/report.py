@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from typing import Any
 
 from agentsd.config import Counts, Settings
-from agentsd.patch import ATTRIBUTE, Patch, controlnets_of, patch_of, unet_of
+from agentsd.models import controlnets_of, unet_of
+from agentsd.patch import ATTRIBUTE, Patch, patch_of
 from agentsd.processor import can_sample_kv, can_use_agents
 from agentsd.sites import Site, find_sites, grids
 
@@ -55,29 +57,43 @@ class Report:
         return f"<agentsd.Report: {len(self.patched)} of {len(self.layers)} transformer blocks patched>"
 
     def __str__(self) -> str:
+        head, rows, rest = self._parts()
+        return "\n".join([head, *_aligned(rows), *rest])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        head, rows, rest = self._parts()
+        cell = "<td style='text-align:left'>{}</td>".format
+        lines = ("".join(cell(escape(text)) for text in row) for row in rows)
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in rest)
+        return f"<p>{escape(head)}</p><table>{table}</table>{notes}"
+
+    def _parts(self) -> tuple[str, list[tuple[str, ...]], list[str]]:
+        """The summary, the table of the patched blocks (empty without any), and what is to be said of the others."""
         if self.settings is None:
-            return "agentsd: not patched."
+            return "agentsd: not patched.", [], []
         height, width = self.latent_size
-        lines = [
+        ratio = "" if self.settings.sample_kv else f"ratio {self.settings.ratio:g}, "
+        head = (
             f"agentsd: {len(self.patched)} of {len(self.layers)} transformer blocks patched, "
-            f"ratio {self.settings.ratio:g}, for {height}x{width} latents"
-        ]
+            f"{ratio}for {height}x{width} latents"
+        )
+        rows = []
         if self.patched:
-            lines += _aligned(
-                [("block", "tokens", *(_heading(self.settings, p) for p in self.patched[0].phases))]
-                + [self._row(layer) for layer in self.patched]
-            )
-        rest: dict[str, list[str]] = {}
+            headings = (_heading(self.settings, phase) for phase in self.patched[0].phases)
+            rows = [("block", "tokens", *headings), *map(self._row, self.patched)]
+        names: dict[str, list[str]] = {}
         for layer in self.layers:
             if not layer.phases:
-                rest.setdefault(layer.note, []).append(layer.name)
-        lines += [f"not patched, {note}: {_listed(names)}" for note, names in rest.items()]
+                names.setdefault(layer.note, []).append(layer.name)
+        rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in names.items()]
         if self.settings.cache_interval > 1:
-            lines.append(
+            rest.append(
                 f"feature reuse: one call in {self.settings.cache_interval} is whole, the others run "
                 f"{2 * self.settings.cache_branch + 1} layers; {self.cache_bytes / 2**20:.1f} MB kept"
             )
-        return "\n".join(lines)
+        return head, rows, rest
 
     def _row(self, layer: LayerReport) -> tuple[str, ...]:
         height, width = layer.grid
@@ -115,7 +131,7 @@ def attention_cost(counts: Counts) -> float:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    columns = max(map(len, rows))
+    columns = max(map(len, rows), default=0)
     padded = [(*row, *[""] * (columns - len(row))) for row in rows]
     widths = [max(len(row[i]) for row in padded) for i in range(columns)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in padded]
@@ -168,7 +184,9 @@ def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerR
     phases = {phase.name: phase.counts(*grid) for phase in settings.phases}
     attn, agent = unet.get_submodule(site.name).attn1, phases.get("agent")
     note = ""
-    if settings.sample_kv and not can_sample_kv(attn):
+    if grid[0] * grid[1] < settings.min_tokens:
+        note = f"unchanged: fewer tokens than min_tokens={settings.min_tokens}"
+    elif settings.sample_kv and not can_sample_kv(attn):
         note = f"unchanged: {type(attn.processor).__name__} cannot sample keys and values"
         phases = {name: Counts(grid[0] * grid[1], 0, 0) for name in phases}
     elif agent is not None and agent.merged:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def card(device: str) -> dict[str, Any]:
     }
     if device.startswith("cuda"):
         hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {"command": " ".join(["python", *sys.argv]), "hardware": hardware, "versions": versions()}
+    return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

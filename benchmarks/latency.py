@@ -6,6 +6,9 @@ in each round, and the schedule of ``--steps`` steps is put together from them. 
 
     python benchmarks/latency.py --model sd15 --dtype bfloat16 --size 512
     python benchmarks/latency.py --model sdxl --dtype bfloat16 --size 1024 --methods "agentsd fast" --rounds 2
+    python benchmarks/latency.py --model examples/demo_model --pipeline --dtype float32 --size 128
+
+With ``--pipeline`` it is seconds an image of the whole pipeline: text encoder, every denoiser call, autoencoder.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, flops, load_unet, random_inputs
 from card import card, write_json
+from diffusers import DiffusionPipeline
 from measure import PeakMemory, breakdown
 from methods import Method, chosen
 from rich.console import Console
@@ -34,7 +38,7 @@ PHASES = {"early": 901, "late": 101}  # where in the trajectory each phase is ti
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sd15", help=f"{', '.join(ARCHITECTURES)}, a model id or a folder")
-    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default: 512)")
+    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels of a side (default: 512)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=2, help="samples a call; guidance makes two of one image")
@@ -44,17 +48,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ratios", nargs="+", type=float, default=[], help="agentsd and tomesd at these, too")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet for every method")
     parser.add_argument("--profile", action="store_true", help="where a call's time goes, by kind of layer")
+    parser.add_argument("--pipeline", action="store_true", help="time whole images of a model that is no architecture")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/latency-...json)")
     args = parser.parse_args()
     for name in ("batch", "steps", "rounds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
-    if args.size < 64 or args.size % 64:
-        parser.error(f"--size {args.size}: give a multiple of 64 pixels")
-    suffix = "-compiled" if args.compile else ""
-    name = f"latency-{Path(args.model).name}-{args.size}-{args.dtype}{suffix}.json"
-    args.out = args.out or Path(__file__).with_name("results") / name
+    for size in args.size:
+        if size < 64 or size % 64:
+            parser.error(f"--size {size}: give a multiple of 64 pixels")
+    if args.out and len(args.size) > 1:
+        parser.error(f"--out {args.out}: each of {len(args.size)} sizes has a file of its own; leave it out")
+    if args.pipeline and (args.model in ARCHITECTURES or args.profile):
+        parser.error("--pipeline: give --model an id or a folder, and leave out --profile, which is of UNet calls")
     return args
+
+
+def out_of(args: argparse.Namespace) -> Path:
+    suffix = "-compiled" * args.compile + "-pipeline" * args.pipeline
+    name = f"latency-{Path(args.model).name}-{args.size}-{args.dtype}{suffix}.json"
+    return args.out or Path(__file__).with_name("results") / name
 
 
 class Calls:
@@ -75,7 +88,9 @@ class Calls:
         return sum(count * seconds[kind] for kind, count in self.counts.items() if count)
 
 
-class Bench:
+class Denoiser:
+    """Times single UNet calls."""
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.unet = load_unet(args.model, DTYPES[args.dtype], args.device)
@@ -113,6 +128,36 @@ class Bench:
         return {(phase, whole): self.call(PHASES[phase] - (not whole)) for whole in kinds}
 
 
+class WholePipeline:
+    """Times whole images; ``batch`` counts those of the denoiser, of which guidance makes two an image."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.unet = self.pipe.unet
+        if args.compile:
+            self.unet.compile()
+
+    def round(self, method: Method) -> dict[str, Any]:
+        undo = method.apply(self.pipe)
+        try:
+            if self.args.compile:
+                self.image()
+            with PeakMemory(self.args.device) as memory:
+                start = time.perf_counter()
+                self.image()
+                seconds = time.perf_counter() - start
+        finally:
+            undo()
+        return {"calls": {}, "schedule": seconds, "peak_mb": memory.peak_mb}
+
+    def image(self) -> None:
+        sides = {"height": self.args.size, "width": self.args.size}
+        prompts = ["a photograph"] * max(1, self.args.batch // 2)
+        self.pipe(prompts, num_inference_steps=self.args.steps, **sides)
+
+
 def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = [b["schedule"] / r["schedule"] for r, b in zip(rounds, base, strict=True)]
     return {
@@ -127,37 +172,43 @@ def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[
     }
 
 
-def main() -> None:
-    args = parse_args()
-    try:
-        methods = chosen(args.methods, args.ratios)
-        bench = Bench(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+def measure(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, Any]:
+    bench = WholePipeline(args) if args.pipeline else Denoiser(args)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     with Progress(transient=True) as progress:
-        task = progress.add_task("interleaved rounds", total=(args.rounds + 1) * len(methods))
+        task = progress.add_task(f"{args.size} px, interleaved rounds", total=(args.rounds + 1) * len(methods))
         for _ in range(args.rounds + 1):
             for name, method in methods.items():
                 rounds[name].append(bench.round(method))
                 progress.advance(task)
     measured = {name: kept[1:] for name, kept in rounds.items()}  # the first round warms up
-    rows = [summary(name, method, measured[name], measured["unpatched"]) for name, method in methods.items()]
     result: dict[str, Any] = {
         "kind": "latency",
         **card(args.device),
         "settings": {key: value for key, value in vars(args).items() if key != "out"},
         "flops": flops(bench.unet, args.batch, args.size),
-        "rows": rows,
+        "rows": [summary(name, method, measured[name], measured["unpatched"]) for name, method in methods.items()],
     }
     if args.profile:
         result["profile"] = {
             name: breakdown(lambda m=method: bench.round(m), bench.unet) for name, method in methods.items()
         }
-    write_json(args.out, result)
-    Console().print(latency_table(result))
-    print(f"-> {args.out}")
+    return result
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        methods = chosen(args.methods, args.ratios)
+        for size in args.size:
+            one = argparse.Namespace(**{**vars(args), "size": size})
+            result, out = measure(one, methods), out_of(one)
+            write_json(out, result)
+            Console().print(latency_table(result))
+            print(f"-> {out}")
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

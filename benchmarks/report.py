@@ -9,17 +9,12 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+from plots import plots
 from tables import latency_rows, markdown, quality_rows, title
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
 
 RESULTS = Path(__file__).with_name("results")
 INTRODUCTION = """# Results
@@ -34,7 +29,8 @@ a GPU against fused attention.
 STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
 td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
 .pair{position:relative;display:inline-block;margin:.5em}.pair img{width:256px;display:block}
-.pair img+img{position:absolute;top:0;left:0}.pair input{width:256px}svg{max-width:100%;height:auto}"""
+.pair img+img{position:absolute;top:0;left:0}.pair input{width:256px}svg{max-width:100%;height:auto}
+figure{margin:1em 0}"""
 SCRIPT = """document.querySelectorAll('.pair input').forEach(s=>s.oninput=()=>{
 s.parentNode.querySelectorAll('img')[1].style.clipPath=`inset(0 0 0 ${s.value}%)`});
 document.querySelectorAll('svg').forEach(s=>s.onwheel=e=>{e.preventDefault();
@@ -52,8 +48,8 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return latency_rows(result) if result["kind"] == "latency" else quality_rows(result)
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    parts = [INTRODUCTION]
+def page(results: list[dict[str, Any]], drawn: dict[str, str]) -> str:
+    parts = [INTRODUCTION, *(f"![{name}](plots/{name}.svg)" for name in drawn)]
     for result in results:
         parts += [f"## {title(result)}", f"`{result['command']}`", versions(result), markdown(rows_of(result))]
         parts += result.get("notes", [])
@@ -74,40 +70,6 @@ def profile_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def front(latency: dict[str, Any], quality: dict[str, Any], metric: str) -> str:
-    """Quality against speed as SVG, one point per method, the Pareto front drawn."""
-    speed = {row["method"]: row["speedup"] for row in latency["rows"]}
-    points = [
-        (speed[row["method"]], row["metrics"][metric], row["method"])
-        for row in quality["rows"]
-        if row["method"] in speed and metric in row["metrics"] and row["method"] != "unpatched"
-    ]
-    better = 1 if metric.startswith("PSNR") else -1
-    best = [p for p in points if not any(q[0] >= p[0] and better * (q[1] - p[1]) >= 0 and q != p for q in points)]
-    figure, axes = plt.subplots(figsize=(9, 5.5))
-    for x, y, name in points:
-        axes.scatter(x, y, color="tab:red" if name.startswith("agentsd") else "tab:blue")
-        axes.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.plot(*zip(*[(x, y) for x, y, _ in sorted(best)], strict=True), color="gray", linewidth=1)
-    axes.set(xlabel=f"speed-up: {title(latency)}", ylabel=f"{metric}, demo model")
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight")
-    plt.close(figure)
-    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.S)
-
-
-def fronts(results: list[dict[str, Any]]) -> list[str]:
-    latencies = [r for r in results if r["kind"] == "latency"]
-    return [
-        front(latency, quality, metric)
-        for quality in results
-        if quality["kind"] == "quality"
-        for latency in latencies
-        for metric in ("PSNR, dB", "FD-EffNetLite0")
-        if sum(metric in row["metrics"] for row in quality["rows"]) > 2
-    ]
-
-
 def sliders(folder: Path, count: int = 6) -> str:
     """Unpatched and patched on top of each other, for the first images of each method."""
     parts = []
@@ -126,7 +88,7 @@ def data_url(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def report(results: list[dict[str, Any]], images: Path | None) -> str:
+def report(results: list[dict[str, Any]], drawn: dict[str, str], images: Path | None) -> str:
     parts = []
     for result in results:
         first, *rest = rows_of(result)
@@ -134,7 +96,9 @@ def report(results: list[dict[str, Any]], images: Path | None) -> str:
         table = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rest)
         parts.append(f"<h2>{html.escape(title(result))}</h2><p><code>{html.escape(result['command'])}</code></p>")
         parts.append(f"<table><tr>{cells(first, 'th')}</tr>{table}</table>")
-    body = "\n".join([*parts, "<h2>Quality against speed</h2>", *fronts(results), sliders(images) if images else ""])
+    figures = [f"<figure>{text}</figure>" for text in drawn.values()]
+    pictures = ["<h2>Without and with</h2>", sliders(images)] if images else []
+    body = "\n".join(["<h2>Plots</h2><p>Zoom with the wheel.</p>", *figures, *pictures, *parts])
     head = f'<meta charset="utf-8"><title>agentsd: benchmarks</title><style>{STYLE}</style>'
     return f"<!doctype html>{head}<h1>agentsd: benchmarks</h1>{body}<script>{SCRIPT}</script>"
 
@@ -147,8 +111,12 @@ def main() -> None:
     results = load(args.results)
     if not results:
         parser.error(f"--results {args.results}: there is no JSON file; run latency.py or quality.py first")
-    (args.results / "README.md").write_text(page(results))
-    (args.results / "report.html").write_text(report(results, args.images))
+    drawn, folder = plots(results), args.results / "plots"
+    folder.mkdir(exist_ok=True)
+    for name, text in drawn.items():
+        (folder / f"{name}.svg").write_text(text)
+    (args.results / "README.md").write_text(page(results, drawn))
+    (args.results / "report.html").write_text(report(results, drawn, args.images))
     print(f"-> {args.results / 'README.md'}, {args.results / 'report.html'}")
 
 

@@ -14,6 +14,7 @@ def latency_rows(result: dict[str, Any]) -> Rows:
     rows: Rows = [("method", "r %", "early call, s", "late call, s", "cheap call, s", f"{steps} steps, s", "speed-up")]
     for row in result["rows"]:
         calls = row["calls"]
+        late = calls.get("late whole", calls.get("early whole"))
         cheap = [calls[kind] for kind in ("early cheap", "late cheap") if kind in calls]
         low, high = row["spread"]
         rows.append(
@@ -21,7 +22,7 @@ def latency_rows(result: dict[str, Any]) -> Rows:
                 row["method"],
                 f"{100 * row['ratio']:.0f}" if row["ratio"] else "",
                 f"{calls['early whole']:.2f}" if "early whole" in calls else "",
-                f"{calls.get('late whole', calls.get('early whole')):.2f}",
+                f"{late:.2f}" if late is not None else "",
                 " / ".join(f"{seconds:.2f}" for seconds in cheap),
                 f"{row['schedule']:.1f}",
                 f"{row['speedup']:.2f}x ({low:.2f}-{high:.2f})",
@@ -43,7 +44,7 @@ def title(result: dict[str, Any]) -> str:
     settings, hardware = result["settings"], result["hardware"]
     where = hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']} ({hardware['instructions']})"
     if result["kind"] == "latency":
-        compiled = ", compiled" if settings["compile"] else ""
+        compiled = ", compiled" * settings["compile"] + ", whole pipeline" * settings.get("pipeline", False)
         case = f"{settings['model']}, {settings['size']} px, {settings['dtype']}, batch {settings['batch']}"
         return f"{case}{compiled}, {where}"
     return f"{settings['model']}, {settings['images']} images, {settings['steps']} steps, {where}"

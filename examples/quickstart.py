@@ -162,7 +162,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
     plain, plain_seconds = generate(pipe, args, "unpatched", args.steps)
-    agentsd.apply_patch(pipe, ratio=args.ratio)
+    agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed)
     patched, patched_seconds = generate(pipe, args, "agentsd", args.steps)
     print(agentsd.report(pipe), "\n")
     agentsd.remove_patch(pipe)

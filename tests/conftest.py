@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+
+import agentsd
 
 ROOT = Path(__file__).parent.parent
 ATTENTION_BLOCKS = {
@@ -122,9 +125,32 @@ def kind(request) -> str:
 
 
 @pytest.fixture(autouse=True)
+def small_layers_are_patched(monkeypatch):
+    """The tests' models have fewer tokens than layers that are patched by default."""
+    monkeypatch.setitem(agentsd.apply_patch.__kwdefaults__, "min_tokens", 0)
+
+
+@pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def browser_page():
+    """A page of headless Chromium; its ``asked_for`` lists the addresses that it asked for."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.asked_for = []
+        page.on("request", lambda request: page.asked_for.append(request.url))
+        yield page
+        browser.close()
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

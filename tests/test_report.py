@@ -1,6 +1,7 @@
 """The report says what happens."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 from conftest import make_unet, unet_inputs
@@ -68,3 +69,20 @@ def test_it_says_what_is_not_merged():
     text = str(agentsd.report(agentsd.apply_patch(make_unet(), merge_attn=False, merge_mlp=True)))
     assert "merging, first 40% of the steps" in text
     assert "no agents: self-attention is not merged" in text
+
+
+def test_in_a_notebook_it_is_html():
+    """The same words as the text, well-formed, and nothing of them taken for markup."""
+    unet = agentsd.apply_patch(make_unet(), cache_interval=2)
+    for report in (agentsd.report(unet), agentsd.report(make_unet())):
+        root = ElementTree.fromstring(f"<div>{report._repr_html_()}</div>")
+        assert "".join("".join(root.itertext()).split()) == "".join(str(report).split())
+    assert len(root.findall(".//tr")) == 0
+
+    class Odd(AttnProcessor2_0):
+        pass
+
+    Odd.__name__ = "<b>"
+    unet = agentsd.apply_patch(make_unet())
+    unet.set_attn_processor(Odd())
+    assert "&lt;b&gt; is kept" in agentsd.report(unet)._repr_html_()

@@ -1,12 +1,14 @@
 """Sampled keys and values: every token attends to one token of each cell."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import image, make_pipeline, make_unet, unet_inputs
 from diffusers.models.attention_processor import Attention
 
 import agentsd
-from agentsd.config import Counts, Phase
+from agentsd.config import Counts, Phase, Settings
 from agentsd.sites import find_sites
 
 SAMPLED = {"sample_kv": True, "sx": 2, "sy": 2, "agent_sx": 2, "agent_sy": 4}
@@ -78,5 +80,24 @@ def test_settings_of_merging_are_errors_beside_it():
 
 def test_small_layers_are_left_alone():
     unet = agentsd.apply_patch(make_unet(), max_downsample=2, min_tokens=200)
-    tokens = {layer.grid[0] * layer.grid[1]: layer.phases["merge"].merged for layer in agentsd.report(unet).patched}
-    assert tokens[256] > 0 and tokens.get(64, 0) == 0
+    by_tokens = {layer.grid[0] * layer.grid[1]: layer for layer in agentsd.report(unet).patched}
+    assert by_tokens[256].phases["merge"].merged > 0 and not by_tokens[256].note
+    assert by_tokens[64].phases["merge"].merged == 0
+    assert by_tokens[64].note == "unchanged: fewer tokens than min_tokens=200"
+
+
+def test_by_default_layers_of_fewer_than_1024_tokens_are():
+    unet, inputs = make_unet(), unet_inputs()
+    plain = unet(**inputs).sample
+    agentsd.apply_patch(unet, min_tokens=Settings().min_tokens)
+    with pytest.warns(UserWarning, match=r"have 256 tokens and fewer, .* below min_tokens=1024 .* min_tokens=0"):
+        assert torch.equal(unet(**inputs).sample, plain)
+    assert not torch.equal(unet(**unet_inputs(height=32, width=32)).sample, plain)
+    assert agentsd.report(unet).patched[0].phases["merge"].merged == int(0.4 * 1024)
+
+
+def test_with_feature_reuse_small_layers_are_no_cause_to_warn():
+    unet = agentsd.apply_patch(make_unet(), min_tokens=1024, cache_interval=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unet(**unet_inputs())

@@ -6,7 +6,7 @@ from checks import distance
 from zoo import PIPELINES
 
 import agentsd
-from agentsd.patch import controlnets_of
+from agentsd.models import controlnets_of
 
 
 @pytest.mark.parametrize("name", ["ControlNet", "several ControlNets", "SDXL ControlNet"])

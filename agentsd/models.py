@@ -1,0 +1,34 @@
+"""The networks of a pipeline that can be patched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+SUPPORTED = (
+    "a diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL (StableDiffusionPipeline, "
+    "StableDiffusionXLPipeline, their img2img, inpaint and ControlNet variants), or such a UNet2DConditionModel"
+)
+
+
+def unet_of(model: Any) -> nn.Module:
+    """The UNet of a pipeline, or the model itself; without what ``torch.compile`` puts around it.
+
+    Raises:
+        TypeError: ``model`` is neither.
+    """
+    unet = getattr(model, "unet", model)
+    unet = getattr(unet, "_orig_mod", unet)
+    if not isinstance(unet, nn.Module):
+        raise TypeError(f"cannot patch a {type(model).__name__}: expected {SUPPORTED}.")
+    return unet
+
+
+def controlnets_of(model: Any) -> dict[str, nn.Module]:
+    """The ControlNets of a pipeline, by name."""
+    net = getattr(model, "controlnet", None)
+    if not isinstance(net, nn.Module):
+        return {}
+    nets = getattr(net, "nets", None)
+    return {f"controlnet.nets.{i}": n for i, n in enumerate(nets)} if nets is not None else {"controlnet": net}

@@ -1,0 +1,130 @@
+"""Plots of the results as SVG text: quality against speed, and speed against the number of tokens."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from typing import Any
+
+import matplotlib as mpl
+from tables import title
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+METRICS = ("PSNR, dB", "FD-EffNetLite0")
+# one figure is of at least so many methods, or sizes
+MOST_POINTS, MOST_SIZES = 4, 3
+mpl.rcParams["svg.hashsalt"] = "agentsd"  # equal figures are equal files
+
+
+def svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.S)
+
+
+def colour(method: str) -> str:
+    if "agentsd" not in method:
+        return "tab:blue"
+    return "tab:purple" if "DeepCache" in method else "tab:red"
+
+
+def pareto(points: list[tuple[float, float, str]], sign: int) -> list[tuple[float, float, str]]:
+    """Those that no other point passes in both, by speed; ``sign`` is 1 where more of the second is better."""
+    beaten = lambda p: any(q[0] >= p[0] and sign * q[1] >= sign * p[1] and q[:2] != p[:2] for q in points)
+    return sorted(point for point in points if not beaten(point))
+
+
+def front_points(latency: Result, quality: Result, metric: str) -> list[tuple[float, float, str]]:
+    """Speed-up, quality and name of every method that has both."""
+    speed = {row["method"]: row["speedup"] for row in latency["rows"]}
+    return [
+        (speed[row["method"]], row["metrics"][metric], row["method"])
+        for row in quality["rows"]
+        if row["method"] in speed
+        and metric in row["metrics"]
+        and (row["method"] != "unpatched" or metric != "PSNR, dB")
+    ]
+
+
+def front(latency: Result, quality: Result, metric: str) -> str:
+    """Quality against speed, one point per method, the Pareto front drawn."""
+    points = front_points(latency, quality, metric)
+    best = pareto(points, 1 if metric == "PSNR, dB" else -1)
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    axes.plot(*zip(*[point[:2] for point in best], strict=True), color="lightgray", zorder=0)
+    for x, y, name in points:
+        axes.scatter(x, y, color=colour(name))
+        axes.annotate(name, (x, y), fontsize=7, xytext=(5, 3), textcoords="offset points")
+    axes.set(
+        xlabel=f"speed-up: {title(latency)}", ylabel=f"{metric}: demo model, {quality['settings']['images']} images"
+    )
+    axes.margins(x=0.15)
+    return svg(figure)
+
+
+def fronts(results: list[Result]) -> dict[str, str]:
+    """By name, a front for every quality result, model, size and metric that share enough methods."""
+    found = {}
+    for quality in (r for r in results if r["kind"] == "quality"):
+        for latency in (r for r in results if r["kind"] == "latency"):
+            settings = latency["settings"]
+            for metric in METRICS:
+                if len(front_points(latency, quality, metric)) >= MOST_POINTS:
+                    steps = quality["settings"]["steps"]
+                    name = f"{settings['model']}-{settings['size']}-{settings['dtype']}-{steps}-steps-{metric}"
+                    found[re.sub(r"[^a-z0-9]+", "-", f"front-{name}".lower())] = front(latency, quality, metric)
+    return found
+
+
+def series(results: list[Result]) -> dict[str, list[Result]]:
+    """The uncompiled latency results of a model and data type, by size, where there are several sizes."""
+    found: dict[str, list[Result]] = defaultdict(list)
+    for result in (r for r in results if r["kind"] == "latency"):
+        settings = result["settings"]
+        if not settings["compile"] and not settings.get("pipeline") and not settings["ratios"]:
+            found[f"{settings['model']}-{settings['dtype']}"].append(result)
+    return {
+        name: sorted(group, key=lambda r: r["settings"]["size"])
+        for name, group in found.items()
+        if len(group) >= MOST_SIZES
+    }
+
+
+def growth(group: list[Result]) -> str:
+    """Seconds of a schedule, and the speed-up, against the tokens of the latents. Below 1 a method costs time."""
+    figure, (seconds, speedup) = plt.subplots(1, 2, figsize=(12, 4.8))
+    methods: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
+    for result in group:
+        tokens = (result["settings"]["size"] // 8) ** 2
+        for row in result["rows"]:
+            methods[row["method"]].append((tokens, row["schedule"], row["speedup"]))
+    for name, points in methods.items():
+        if len(points) >= MOST_SIZES:
+            tokens, times, ratios = zip(*points, strict=True)
+            seconds.plot(tokens, times, "o-", markersize=3, label=name)
+            speedup.plot(tokens, ratios, "o-", markersize=3, label=name)
+    _logarithmic(seconds, speedup)
+    seconds.set(yscale="log", ylabel=f"{group[0]['settings']['steps']} steps, s")
+    speedup.set(ylabel="speed-up")
+    speedup.axhline(1, color="gray", linewidth=0.8)
+    speedup.legend(fontsize=7)
+    figure.suptitle(title(group[0]).split(",")[0] + ": " + title(group[0]).split("px, ")[1], fontsize=9)
+    return svg(figure)
+
+
+def _logarithmic(*figures: Axes) -> None:
+    for axes in figures:
+        axes.set(xscale="log", xlabel="tokens of the latents")
+        axes.grid(alpha=0.3)
+
+
+def plots(results: list[Result]) -> dict[str, str]:
+    """Every plot, by name."""
+    return {**{f"growth-{name}": growth(group) for name, group in series(results).items()}, **fronts(results)}

@@ -1,0 +1,98 @@
+"""The comparison page: its button's function, and the page in a real browser."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import agentsd
+
+gr = pytest.importorskip("gradio")
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+PROMPT = "cat on a pink background"
+GIVEN = {"prompt": PROMPT, "ratio": 0.4, "agent_steps": 0.4, "steps": 2, "guidance": 4.0, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    from app import Comparison  # noqa: PLC0415
+
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "demo_model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return Comparison(pipe)
+
+
+@pytest.mark.parametrize("schedule", ["paper's schedule", *agentsd.PRESETS])
+def test_compare(comparison, schedule):
+    steps = []
+    progress = lambda done, desc: steps.append((desc, *done))
+    (plain, patched), rows, report = comparison(**GIVEN, schedule=schedule, progress=progress)
+    assert plain.size == patched.size == (128, 128)
+    assert [row[0] for row in rows] == ["unpatched", "agentsd"]
+    assert steps == [(name, i, 2) for name in ("unpatched", "agentsd") for i in (1, 2)]
+    assert "transformer blocks patched" in report
+    assert not agentsd.report(comparison.pipe).patched
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [({"prompt": " "}, "prompt"), ({"seed": None}, "Seed"), ({"seed": -1}, "Seed"), ({"ratio": 0.8}, "ratio=0.8")],
+)
+def test_wrong_input_is_a_message(comparison, wrong, message):
+    with pytest.raises(gr.Error, match=message):
+        comparison(**GIVEN | wrong, schedule="paper's schedule", progress=lambda *_, **__: None)
+    assert not agentsd.report(comparison.pipe).patched
+
+
+@pytest.fixture(scope="module")
+def address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "app.py"), "--port", str(port), "--steps", "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}").close()
+                break
+            except OSError:
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
+def test_a_click_makes_two_pictures(address, browser_page, tmp_path):
+    page = browser_page
+    page.goto(address)
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("3 of 7 transformer blocks patched").wait_for(timeout=120_000)
+    pictures = page.get_by_test_id("imageslider-image").all()
+    assert len({picture.get_attribute("src") for picture in pictures}) == 2
+    page.screenshot(path=tmp_path / "app.png", full_page=True)
+    assert len(Image.open(tmp_path / "app.png").convert("RGB").getcolors(1 << 20)) > 1000
+    assert page.get_by_text("1.00x").count()
+
+
+def test_wrong_input_is_said_in_the_page(address, browser_page):
+    page = browser_page
+    page.goto(address)
+    page.get_by_label("Prompt").fill(" ")
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("Write what to draw into the prompt.").wait_for(timeout=60_000)
+    assert not page.get_by_text("Traceback").count()
+
+
+def test_it_listens_on_this_computer_alone(address):
+    with socket.socket() as probe, pytest.raises(OSError):
+        probe.bind(("127.0.0.1", int(address.rsplit(":", 1)[1])))  # taken there
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.2", int(address.rsplit(":", 1)[1])))  # and nowhere else

@@ -1,0 +1,57 @@
+"""What is built and installed is the package, and importing it costs little."""
+
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+import agentsd
+
+
+def python(*arguments: str) -> str:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("dist")
+    python("-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    assert [path.name for path in folder.glob("*.tar.gz")] == [f"agentsd-{agentsd.__version__}.tar.gz"]
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {f"agentsd/{path.name}" for path in (ROOT / "agentsd").glob("*.py")} | {"agentsd/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == modules
+    assert wheel.name == f"agentsd-{agentsd.__version__}-py3-none-any.whl"
+
+
+def test_the_wheel_works_without_the_repository(wheel, tmp_path):
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), str(wheel))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentsd; print(agentsd.__file__)"
+    assert python("-I", "-c", code).startswith(str(tmp_path))
+
+
+def test_five_dependencies(wheel):
+    archive = zipfile.ZipFile(wheel)
+    metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
+    names = {re.match(r"Requires-Dist: ([a-z]+)", line).group(1) for line in required}
+    assert names == {"torch", "diffusers", "transformers", "accelerate", "safetensors"}
+
+
+def test_importing_it_loads_nothing_that_diffusers_pipelines_do_not():
+    """Import time itself is measured by `python -X importtime -c "import agentsd"`; what is loaded decides it."""
+    before = "import diffusers, sys; from diffusers import StableDiffusionPipeline; known = set(sys.modules);"
+    after = "import agentsd; print(*sorted({m.split('.')[0] for m in set(sys.modules) - known}))"
+    assert python("-W", "ignore", "-c", before + after).split() == ["agentsd"]
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"version: {agentsd.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {agentsd.__version__}" in (ROOT / "CHANGELOG.md").read_text()
