@@ -41,6 +41,7 @@ def apply_patch(
     cache_interval: int = 1,
     cache_branch: int = 0,
     cache_order: int = 0,
+    cache_cell: int = 1,
     patch_controlnet: bool = False,
 ) -> Model:
     """Make a diffusers pipeline faster, in place, without training: agent attention early, token merging late.
@@ -51,8 +52,9 @@ def apply_patch(
         model: a pipeline, or its UNet. With a UNet alone there is no scheduler to follow, and the agent phase is
             ``timestep >= (1 - agent_steps) * 1000``.
         ratio: share of the tokens to merge in each patched layer, at most ``1 - 1 / (sx * sy)``.
-        preset: the name of a set of these settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"`` or ``"fast"``.
-            Settings given beside it, other than their defaults, go before it. None is the paper's schedule.
+        preset: the name of a set of these settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"fast"`` or
+            ``"few_steps"``. Settings given beside it, other than their defaults, go before it. None is the paper's
+            schedule.
         agent_steps: share of the denoising trajectory under agent attention: 0 never, 1 always.
         agent_ratio: share of the tokens merged into agents; what remains, ``1 - agent_ratio``, are the agents, but
             at least one for every ``agent_sx`` x ``agent_sy`` cell.
@@ -72,6 +74,9 @@ def apply_patch(
             outermost layers alone, with the deep features from before. 1 is off. Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
         cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls.
+        cache_cell: in cheap calls, let every token attend to one token of each ``cache_cell`` x ``cache_cell`` cell
+            alone, as with ``sample_kv``. Their errors average out, where those of whole calls are carried on. 1 leaves
+            cheap calls to what the schedule says.
         patch_controlnet: patch the attention of the pipeline's ControlNets, too.
         min_tokens: leave the attention of layers with fewer tokens as it is, since there the patch costs more than it
             gains: the default is where both were equal on a CPU (benchmarks/NOTES.md). 0 patches all.
@@ -104,6 +109,7 @@ def apply_patch(
         "cache_interval": cache_interval,
         "cache_branch": cache_branch,
         "cache_order": cache_order,
+        "cache_cell": cache_cell,
         "patch_controlnet": patch_controlnet,
     }
     settings = Settings(**with_preset(preset, arguments))
@@ -127,7 +133,8 @@ def apply_patch(
     pipeline = model if hasattr(model, "unet") else None
     setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, pipeline))
     for net in nets.values():  # these run whole in every call: their residuals reach the layers that always run
-        setattr(net, ATTRIBUTE, Patch(net, find_sites(net), replace(settings, cache_interval=1), pipeline))
+        whole = replace(settings, cache_interval=1, cache_cell=1)
+        setattr(net, ATTRIBUTE, Patch(net, find_sites(net), whole, pipeline))
     recompile(model)
     return model
 

@@ -41,9 +41,9 @@ class PatchedBlock:
     def attach(self, block: Any) -> list[RemovableHandle]:
         """Register the hooks; their handles undo it."""
         settings = self.settings
-        self_attention = self._sample_kv if settings.sample_kv else self._merge_self_attention
+        samples = settings.sample_kv or settings.cheap is not None
         layers = [
-            (block.attn1, self_attention, settings.merge_attn),
+            (block.attn1, self._self_attention, settings.merge_attn or samples),
             (block.attn2, self._merge, settings.merge_crossattn and block.attn2 is not None),
             (block.ff, self._merge, settings.merge_mlp),
         ]
@@ -69,7 +69,7 @@ class PatchedBlock:
                 "The UNet is of a kind that agentsd does not know: call agentsd.remove_patch, and please report it."
             )
         partition = partition.to(x.device)
-        if self.settings.sample_kv:
+        if counts.keys:
             self._dst = partition.dst
             return
         edges = bipartite_soft_matching(x, partition)
@@ -104,17 +104,21 @@ class PatchedBlock:
                 return True
         return False
 
-    def _sample_kv(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let every token attend to the dst tokens alone, with whatever processor ``attn`` has."""
-        if self._dst is None or not can_sample_kv(attn) or self._has_mask(kwargs):
+    def _self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._dst is not None:
+            return self._sample_kv(self._dst, attn, args, kwargs)
+        if not self.settings.merge_attn:
             return None
-        return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, self._dst)}
-
-    def _merge_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         merged = self._merge(attn, args, kwargs)
         if self._merged and self._agent_matching is not None and can_use_agents(attn):
             self._processor.take_over(attn, merge(args[0], self._agent_matching))
         return merged
+
+    def _sample_kv(self, dst: Tensor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let every token attend to the dst tokens alone, with whatever processor ``attn`` has."""
+        if not can_sample_kv(attn) or self._has_mask(kwargs):
+            return None
+        return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, dst)}
 
     def _unmerge(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self._merged or self._matching is None:

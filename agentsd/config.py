@@ -44,7 +44,7 @@ class Phase:
     """One part of the denoising trajectory: how tokens are merged there, and by how much for agents.
 
     Attributes:
-        name: ``"agent"`` or ``"merge"``.
+        name: ``"agent"`` or ``"merge"``, or ``"cheap"`` for calls that reuse deep features.
         sy, sx: the cell of the token grid that keeps one dst token.
         ratio: share of the tokens to merge.
         agent_ratio: share of the tokens to merge into agents; None where attention stays softmax attention.
@@ -109,6 +109,7 @@ class Settings:
     cache_interval: int = 1
     cache_branch: int = 0
     cache_order: int = 0
+    cache_cell: int = 1
     patch_controlnet: bool = False
 
     def __post_init__(self) -> None:
@@ -130,6 +131,10 @@ class Settings:
         _require(self.cache_branch >= 0, "cache_branch", self.cache_branch, "0 (the outermost layer) or more")
         orders = "0 (features as they were) or 1 (extrapolated)"
         _require(self.cache_order in (0, 1), "cache_order", self.cache_order, orders)
+        _require(self.cache_cell >= 1, "cache_cell", self.cache_cell, "1 (cheap calls attend like whole ones) or more")
+        if self.cache_cell > 1:
+            without = "1, since without feature reuse no call is cheap: give cache_interval as well"
+            _require(self.cache_interval > 1, "cache_cell", self.cache_cell, without)
         if self.max_downsample is not None:
             levels = "1, 2, 4, 8 or None (the highest resolution that has self-attention)"
             _require(self.max_downsample in (1, 2, 4, 8), "max_downsample", self.max_downsample, levels)
@@ -155,7 +160,8 @@ class Settings:
     @property
     def acts(self) -> bool:
         """Whether anything is merged or sampled at all."""
-        return self.sample_kv or (self.ratio > 0 and (self.merge_attn or self.merge_crossattn or self.merge_mlp))
+        merges = self.ratio > 0 and (self.merge_attn or self.merge_crossattn or self.merge_mlp)
+        return merges or self.sample_kv or self.cache_cell > 1
 
     @property
     def agent(self) -> Phase:
@@ -168,9 +174,17 @@ class Settings:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases that the schedule reaches, in its order."""
+        """The phases that the schedule reaches, in its order, where calls are whole."""
+        if not self.ratio and not self.sample_kv:
+            return (self.merge,)
         reached = ((self.agent, self.agent_steps > 0), (self.merge, self.agent_steps < 1))
         return tuple(phase for phase, holds in reached if holds)
+
+    @property
+    def cheap(self) -> Phase | None:
+        """What holds in cheap calls, if it is not the phase that the schedule is in."""
+        cell = self.cache_cell
+        return Phase("cheap", cell, cell, 0.0, sample_kv=True, min_tokens=self.min_tokens) if cell > 1 else None
 
 
 def with_preset(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:

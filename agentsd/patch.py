@@ -72,6 +72,8 @@ class Patch:
             phase = settings.agent if moment.within_first(settings.agent_steps) else settings.merge
             if self.reuse is not None:
                 self.reuse.before_call((moment.run, sample.shape, sample.dtype, sample.device), moment.call)
+                if self.reuse.cheap and settings.cheap is not None:
+                    phase = settings.cheap
         seed = torch.initial_seed() if settings.seed is None and settings.use_rand else settings.seed
         plan = (height, width, phase, step, seed)
         if plan != self._plan:
@@ -91,7 +93,8 @@ class Patch:
         patched_grids = [level_grids[block.site.level] for block in self.blocks]
         if not patched_grids or size in self._warned:
             return
-        if any(phase.counts(*grid).changed for phase in settings.phases for grid in patched_grids):
+        phases = [phase for phase in (*settings.phases, settings.cheap) if phase is not None]
+        if any(phase.counts(*grid).changed for phase in phases for grid in patched_grids):
             return
         most = max(height * width for height, width in patched_grids)
         if most >= settings.min_tokens:

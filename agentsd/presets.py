@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any
 
-SAMPLED_2 = {"sample_kv": True, "sx": 2, "sy": 2, "agent_sx": 2, "agent_sy": 2}
-SAMPLED_3 = {"sample_kv": True, "sx": 3, "sy": 3, "agent_sx": 3, "agent_sy": 3}
+REUSED = {"cache_order": 1, "cache_cell": 2}
 
 PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
-        "quality": SAMPLED_2,
-        "balanced": {**SAMPLED_2, "cache_interval": 2, "cache_order": 1},
-        "fast": {**SAMPLED_3, "cache_interval": 3, "cache_order": 1},
+        "quality": {**REUSED, "ratio": 0.0, "cache_interval": 2},
+        "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 3},
+        "fast": {**REUSED, "agent_steps": 0.0, "cache_interval": 5},
+        "few_steps": {"sample_kv": True, "sx": 3, "sy": 3, "agent_sx": 3, "agent_sy": 3},
     }
 )

@@ -89,9 +89,11 @@ class Report:
                 names.setdefault(layer.note, []).append(layer.name)
         rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in names.items()]
         if self.settings.cache_interval > 1:
+            cheap = self.settings.cheap
+            sampled = f", with one key of each {cheap.sy}x{cheap.sx} tokens" if cheap is not None else ""
             rest.append(
                 f"feature reuse: one call in {self.settings.cache_interval} is whole, the others run "
-                f"{2 * self.settings.cache_branch + 1} layers; {self.cache_bytes / 2**20:.1f} MB kept"
+                f"{2 * self.settings.cache_branch + 1} layers{sampled}; {self.cache_bytes / 2**20:.1f} MB kept"
             )
         return head, rows, rest
 
@@ -102,6 +104,8 @@ class Report:
 
 
 def _heading(settings: Settings, phase: str) -> str:
+    if not settings.sample_kv and settings.ratio == 0:
+        return "whole calls"
     share = settings.agent_steps if phase == "agent" else 1 - settings.agent_steps
     part = "first" if phase == "agent" else "last"
     name = "agents" if phase == "agent" and settings.merge_attn else "merging"
@@ -197,4 +201,7 @@ def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerR
             phases["agent"] = Counts(agent.tokens, agent.merged, 0)
         elif not agent.agents:
             note = "no agents: too few tokens are merged away for them to be cheaper than attention"
+    if settings.cheap is not None and not settings.sample_kv and not can_sample_kv(attn):
+        processor = type(attn.processor).__name__
+        note = "; ".join(filter(None, (note, f"{processor} cannot sample keys and values in cheap calls")))
     return LayerReport(site.name, grid, phases, note)

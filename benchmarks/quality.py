@@ -73,15 +73,20 @@ def save(image: Any, path: Path) -> None:
 def generate(
     pipe: Any, method: Method, prompts: list[str], folder: Path, args: argparse.Namespace, advance: Any
 ) -> None:
-    """The images of one method that are not there yet: this process's share of them."""
+    """The images of one method that are not there yet: this process's share of them.
+
+    Batches are always the same ones, since the sums of a batch depend on its size in the last bit: where a stop left
+    one half done, it is drawn again, and what is lacking of it is saved.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lacking = [i for i in range(len(prompts)) if not (folder / f"{i:05d}.png").exists()]
-    advance(len(prompts) - len(lacking))
+    path = lambda i: folder / f"{i:05d}.png"
+    batches = [range(len(prompts))[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
+    lacking = [batch for batch in batches if not all(path(i).exists() for i in batch)]
+    advance(len(prompts) - sum(map(len, lacking)))
     undo = method.apply(pipe)
     try:
         with PartialState().split_between_processes(lacking) as share:
-            for start in range(0, len(share), args.batch):
-                indices = share[start : start + args.batch]
+            for indices in share:
                 generators = [torch.Generator().manual_seed(i) for i in indices]
                 images = pipe(
                     [prompts[i] for i in indices],
@@ -90,7 +95,8 @@ def generate(
                     generator=generators,
                 ).images
                 for i, image in zip(indices, images, strict=True):
-                    save(image, folder / f"{i:05d}.png")
+                    if not path(i).exists():
+                        save(image, path(i))
                 advance(len(indices))
     finally:
         undo()

@@ -27,6 +27,8 @@ WRONG_VALUES = [
     ({"sx": 0}, "1 or more"),
     ({"agent_sy": -2}, "1 or more"),
     ({"max_downsample": 3}, "1, 2, 4, 8 or None"),
+    ({"cache_cell": 0, "cache_interval": 2}, "1 .* or more"),
+    ({"cache_cell": 2}, "1, since without feature reuse no call is cheap"),
     ({"seed": -1}, "0 <= seed"),
     ({"seed": 2**64}, "0 <= seed"),
 ]

@@ -113,6 +113,42 @@ def test_a_change_of_size_starts_anew():
     assert calls == [True, False, True, False]
 
 
+@pytest.mark.parametrize("whole", [{"ratio": 0}, {"ratio": 0.4}, {"sample_kv": True, "agent_sx": 2}])
+def test_with_a_cell_cheap_calls_sample_and_whole_calls_do_what_they_did(kind, whole):
+    """A whole call is bit-equal to one without the cell; a cheap one has fewer keys where it runs attention at all."""
+    unet, keys = make_unet(kind), []
+    inputs = [unet_inputs(kind, timestep=t) for t in (900, 800)]
+    agentsd.apply_patch(unet, **whole, cache_interval=2)
+    without = [unet(**x).sample for x in inputs]
+    agentsd.apply_patch(unet, **whole, cache_interval=2, cache_cell=4)
+    attn = unet.get_submodule(agentsd.report(unet).patched[-1].name).attn1
+    hook = lambda _, args, kwargs: keys.append(kwargs["encoder_hidden_states"])
+    attn.register_forward_pre_hook(hook, with_kwargs=True)
+    with_cell = [unet(**x).sample for x in inputs]
+    assert torch.equal(with_cell[0], without[0])
+    if kind == "sdxl":  # its outermost layers have no attention
+        assert torch.equal(with_cell[1], without[1]) and len(keys) == 1
+    else:
+        assert not torch.equal(with_cell[1], without[1])
+        assert keys[1].shape[1] == 256 // 16
+
+
+def test_a_cell_needs_a_processor_that_can_sample_and_the_report_says_so():
+    unet = make_unet()
+    unet.fuse_qkv_projections()
+    inputs = [unet_inputs(timestep=t) for t in (900, 800)]
+    agentsd.apply_patch(unet, ratio=0, cache_interval=2)
+    without = [unet(**x).sample for x in inputs]
+    agentsd.apply_patch(unet, ratio=0, cache_interval=2, cache_cell=2)
+    assert all(torch.equal(unet(**x).sample, expected) for x, expected in zip(inputs, without, strict=True))
+    assert "FusedAttnProcessor2_0 cannot sample keys and values in cheap calls" in str(agentsd.report(unet))
+
+
+def test_the_report_tells_of_the_cell():
+    report = str(agentsd.report(agentsd.apply_patch(make_unet(), preset="balanced")))
+    assert "whole calls" in report and "with one key of each 2x2 tokens" in report
+
+
 def test_recorded_gradients_are_whole():
     unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
     calls = whole_calls(unet)

@@ -254,6 +254,7 @@ def main() -> None:
             ema.store(nets.parameters())
             ema.copy_to(nets.parameters())
             pipeline(nets, vae, tokenizer).save_pretrained(args.out / "pipeline")
+            tokenizer.backend_tokenizer.model.save(str(args.out / "pipeline" / "tokenizer"))  # for transformers 4
             preview(nets, vae, tokenizer, args.canvas).save(args.out / f"preview{done:06d}.png")
             ema.restore(nets.parameters())
 
