@@ -22,9 +22,10 @@ INTRODUCTION = """# Results
 Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. Measured on
 CPUs alone: speed on the real architectures with random weights, quality on the demo model, whose 32x32 latents have
 1,024 tokens. Speed-ups are medians of ratios taken within a round, against PyTorch's fused attention; the range is
-that of the rounds. What the paper measured (an RTX 4090, naive attention) is in the README, and is labelled so. Nobody
-has measured yet, to our knowledge: FID of this implementation with trained Stable Diffusion weights, and its speed on
-a GPU against fused attention.
+that of the rounds. Peak memory of a CPU is the growth of the resident set in a call, sampled: take it for a hint. What
+the paper measured (an RTX 4090, naive attention) is in the README, and is labelled so. Nobody has measured yet, to our
+knowledge: FID of this implementation with trained Stable Diffusion weights, and its speed on a GPU against fused
+attention.
 """
 STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
 td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}

@@ -11,7 +11,8 @@ Rows = list[tuple[str, ...]]
 
 def latency_rows(result: dict[str, Any]) -> Rows:
     steps = result["settings"]["steps"]
-    rows: Rows = [("method", "r %", "early call, s", "late call, s", "cheap call, s", f"{steps} steps, s", "speed-up")]
+    headings = ("early call, s", "late call, s", "cheap call, s", "peak, MB", f"{steps} steps, s", "speed-up")
+    rows: Rows = [("method", "r %", *headings)]
     for row in result["rows"]:
         calls = row["calls"]
         late = calls.get("late whole", calls.get("early whole"))
@@ -24,6 +25,7 @@ def latency_rows(result: dict[str, Any]) -> Rows:
                 f"{calls['early whole']:.2f}" if "early whole" in calls else "",
                 f"{late:.2f}" if late is not None else "",
                 " / ".join(f"{seconds:.2f}" for seconds in cheap),
+                f"{row['peak_mb']:.0f}",
                 f"{row['schedule']:.1f}",
                 f"{row['speedup']:.2f}x ({low:.2f}-{high:.2f})",
             )

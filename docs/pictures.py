@@ -54,6 +54,10 @@ PARAMETERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         for o, b in ((0, 0), (1, 0), (0, 1), (1, 1))
         for settings in ({"ratio": 0, "cache_interval": 3, "cache_order": o, "cache_branch": b},)
     ],
+    "cache_cell": [
+        (f"cache_interval=3, cache_cell={n}", {"ratio": 0, "cache_interval": 3, "cache_order": 1, "cache_cell": n})
+        for n in (1, 2, 3, 4)
+    ],
     "preset": [(f'preset="{name}"', {"preset": name}) for name in agentsd.PRESETS],
 }
 

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
+from safetensors.torch import load_file
 
 import agentsd
 
@@ -67,6 +68,17 @@ def test_the_demo_model_is_a_small_stable_diffusion(demo):
     agentsd.remove_patch(demo)
     assert len(layers) == 3
     assert all(layer.phases["merge"].tokens >= 1024 and layer.phases["agent"].agents for layer in layers)
+
+
+def test_the_demo_model_has_the_same_words_for_older_transformers(demo):
+    """Transformers 5 reads `tokenizer.json`, transformers 4 `vocab.json`, `merges.txt` and prefixed weights."""
+    folder = DEMO_MODEL / "tokenizer"
+    merges = folder.joinpath("merges.txt").read_text().splitlines()[1:]
+    model = json.loads(folder.joinpath("tokenizer.json").read_text())["model"]
+    assert json.loads(folder.joinpath("vocab.json").read_text()) == model["vocab"] == demo.tokenizer.get_vocab()
+    assert [line.split() for line in merges] == [list(pair) for pair in model["merges"]]
+    weights = load_file(DEMO_MODEL / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in weights)
 
 
 def test_guidance_steers_the_demo_model(demo):

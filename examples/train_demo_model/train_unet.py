@@ -27,6 +27,7 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from safetensors.torch import load_file, save_file
 from scenes import BACKGROUNDS, CANVAS, PLACES, SIZES, Scene, Scenes, to_tensor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm, trange
@@ -191,6 +192,15 @@ def pipeline(nets, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffus
     return pipe
 
 
+def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """As diffusers does it, and such that transformers 4 finds the words and the text encoder's weights, too."""
+    pipe.save_pretrained(folder)
+    pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    weights = folder / "text_encoder" / "model.safetensors"
+    prefixed = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in load_file(weights).items()}
+    save_file(prefixed, weights, metadata={"format": "pt"})
+
+
 def preview(nets, vae, tokenizer, canvas: int):
     pipe = pipeline(nets, vae, tokenizer)
     generators = [torch.Generator().manual_seed(i) for i in range(len(PREVIEW))]
@@ -253,8 +263,7 @@ def main() -> None:
         if done % 1000 == 0 or done == args.steps:
             ema.store(nets.parameters())
             ema.copy_to(nets.parameters())
-            pipeline(nets, vae, tokenizer).save_pretrained(args.out / "pipeline")
-            tokenizer.backend_tokenizer.model.save(str(args.out / "pipeline" / "tokenizer"))  # for transformers 4
+            save(pipeline(nets, vae, tokenizer), args.out / "pipeline")
             preview(nets, vae, tokenizer, args.canvas).save(args.out / f"preview{done:06d}.png")
             ema.restore(nets.parameters())
 
