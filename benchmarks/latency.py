@@ -32,6 +32,7 @@ from rich.progress import Progress
 from tables import latency_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STEPS = 50
 PHASES = {"early": 901, "late": 101}  # where in the trajectory each phase is timed
 
 
@@ -42,7 +43,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=2, help="samples a call; guidance makes two of one image")
-    parser.add_argument("--steps", type=int, default=50, help="of the schedule that is put together (default: 50)")
+    steps_help = "of the schedule that is put together (default: %(default)s)"
+    parser.add_argument("--steps", type=int, default=STEPS, help=steps_help)
     parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default: 3)")
     parser.add_argument("--methods", nargs="+", help="names as in methods.py (default: all)")
     parser.add_argument("--ratios", nargs="+", type=float, default=[], help="agentsd and tomesd at these, too")
@@ -65,7 +67,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def out_of(args: argparse.Namespace) -> Path:
-    suffix = "-compiled" * args.compile + "-pipeline" * args.pipeline
+    suffix = f"-{args.steps}-steps" * (args.steps != STEPS) + "-compiled" * args.compile + "-pipeline" * args.pipeline
     name = f"latency-{Path(args.model).name}-{args.size}-{args.dtype}{suffix}.json"
     return args.out or Path(__file__).with_name("results") / name
 

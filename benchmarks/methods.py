@@ -103,6 +103,7 @@ METHODS: dict[str, Method] = {
     "agentsd r=0.4 (the paper's schedule)": agent(),
     "agentsd r=0.4, agents in all steps": agent(agent_steps=1.0),
     "agentsd r=0.4, merging in all steps": agent(agent_steps=0.0),
+    "agentsd r=0.4, MLP and cross-attention merged, too": agent(merge_mlp=True, merge_crossattn=True),
     "agentsd few_steps": agent(preset="few_steps"),
     "DeepCache N=3": deepcache(3),
     "tomesd r=0.4 + DeepCache N=3": together(tome(0.4), deepcache(3)),

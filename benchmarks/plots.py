@@ -74,22 +74,24 @@ def fronts(results: list[Result]) -> dict[str, str]:
     found = {}
     for quality in (r for r in results if r["kind"] == "quality"):
         for latency in (r for r in results if r["kind"] == "latency"):
-            settings = latency["settings"]
+            settings, steps = latency["settings"], quality["settings"]["steps"]
+            if settings["steps"] < int(steps):  # of another kind of schedule
+                continue
             for metric in METRICS:
                 if len(front_points(latency, quality, metric)) >= MOST_POINTS:
-                    steps = quality["settings"]["steps"]
                     name = f"{settings['model']}-{settings['size']}-{settings['dtype']}-{steps}-steps-{metric}"
                     found[re.sub(r"[^a-z0-9]+", "-", f"front-{name}".lower())] = front(latency, quality, metric)
     return found
 
 
 def series(results: list[Result]) -> dict[str, list[Result]]:
-    """The uncompiled latency results of a model and data type, by size, where there are several sizes."""
+    """The uncompiled latency results of one model, data type, batch and schedule that has several sizes, by size."""
     found: dict[str, list[Result]] = defaultdict(list)
     for result in (r for r in results if r["kind"] == "latency"):
         settings = result["settings"]
         if not settings["compile"] and not settings.get("pipeline") and not settings["ratios"]:
-            found[f"{settings['model']}-{settings['dtype']}"].append(result)
+            schedule = f"batch-{settings['batch']}-{settings['steps']}-steps"
+            found[f"{settings['model']}-{settings['dtype']}-{schedule}"].append(result)
     return {
         name: sorted(group, key=lambda r: r["settings"]["size"])
         for name, group in found.items()

@@ -71,7 +71,7 @@ def profile_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def sliders(folder: Path, count: int = 6) -> str:
+def sliders(folder: Path, count: int = 3) -> str:
     """Unpatched and patched on top of each other, for the first images of each method."""
     parts = []
     for method in sorted(
