@@ -9,14 +9,17 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from agentsd.compiled import recompile
-from agentsd.config import MIN_TOKENS, Settings, with_preset
-from agentsd.models import SUPPORTED, controlnets_of, unet_of
+from agentsd.config import MIN_TOKENS, Settings
+from agentsd.models import SUPPORTED, compiled_parts_of, controlnets_of, unet_of
 from agentsd.patch import ATTRIBUTE, Patch, patch_of
+from agentsd.presets import takes_preset
 from agentsd.sites import find_sites
+from agentsd.skip import skipped_modules
 
 Model = TypeVar("Model")
 
 
+@takes_preset
 def apply_patch(
     model: Model,
     ratio: float = 0.4,
@@ -49,12 +52,12 @@ def apply_patch(
     A patch that is already there is replaced. `remove_patch` undoes it, `report` says what was patched.
 
     Args:
-        model: a pipeline, or its UNet. With a UNet alone there is no scheduler to follow, and the agent phase is
-            ``timestep >= (1 - agent_steps) * 1000``.
+        model: a pipeline, or its UNet. With a UNet alone there is no scheduler to follow: the agent phase is
+            ``timestep >= (1 - agent_steps) * 1000``, and feature reuse takes a call whose timestep is above the last
+            one's for a new image, one at the same timestep for another call of the same step.
         ratio: share of the tokens to merge in each patched layer, at most ``1 - 1 / (sx * sy)``.
         preset: the name of a set of these settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"fast"`` or
-            ``"few_steps"``. Settings given beside it, other than their defaults, go before it. None is the paper's
-            schedule.
+            ``"few_steps"``. Settings given beside it go before it. None is the paper's schedule.
         agent_steps: share of the denoising trajectory under agent attention: 0 never, 1 always.
         agent_ratio: share of the tokens merged into agents; what remains, ``1 - agent_ratio``, are the agents, but
             at least one for every ``agent_sx`` x ``agent_sy`` cell.
@@ -112,7 +115,7 @@ def apply_patch(
         "cache_cell": cache_cell,
         "patch_controlnet": patch_controlnet,
     }
-    settings = Settings(**with_preset(preset, arguments))
+    settings = Settings(**arguments)
     unet = unet_of(model)
     sites = find_sites(unet)
     found = sorted({site.downsample for site in sites if not site.skip})
@@ -129,13 +132,15 @@ def apply_patch(
     nets = controlnets_of(model) if patch_controlnet else {}
     if patch_controlnet and not nets:
         raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
+    if settings.cache_interval > 1:
+        skipped_modules(unet, settings.cache_branch)  # raises where features cannot be reused, before anything changes
     remove_patch(model)
     pipeline = model if hasattr(model, "unet") else None
     setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, pipeline))
     for net in nets.values():  # these run whole in every call: their residuals reach the layers that always run
         whole = replace(settings, cache_interval=1, cache_cell=1)
         setattr(net, ATTRIBUTE, Patch(net, find_sites(net), whole, pipeline))
-    recompile(model)
+    recompile(*compiled_parts_of(model))
     return model
 
 
@@ -146,7 +151,7 @@ def remove_patch(model: Model) -> Model:
         if patch is not None:
             patch.remove(net)
             delattr(net, ATTRIBUTE)
-            recompile(model)
+            recompile(*compiled_parts_of(model))
     return model
 
 
@@ -161,4 +166,4 @@ def patched(model: Model, ratio: float = 0.4, **settings: Any) -> Iterator[Model
     finally:
         remove_patch(model)
         if before is not None:
-            apply_patch(pipeline if pipeline is not None else unet_of(model), **asdict(before.settings))
+            apply_patch(pipeline if pipeline is not None else model, **asdict(before.settings))

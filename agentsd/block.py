@@ -58,7 +58,7 @@ class PatchedBlock:
         return handles
 
     def _match(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._forget()
+        self.reset(block)
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         counts, partition = self._recorded.plan(x, (self.counts, self.partition))
         if partition is None:
@@ -77,8 +77,14 @@ class PatchedBlock:
         if counts.agents:
             self._agent_matching = edges.cut(counts.tokens - counts.agents)
 
+    def reset(self, block: Any) -> None:
+        """Leave nothing of a call that an error has cut off."""
+        self._processor.give_back(block.attn1)
+        self._forget()
+
     def _forget(self, *_: Any) -> None:
         self._matching = self._agent_matching = self._dst = None
+        self._merged = False
 
     def _merge(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._merged = False
@@ -95,9 +101,14 @@ class PatchedBlock:
         return (merge(x, self._matching), *args[1:]), kwargs
 
     def _has_mask(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the layer has a mask over its image tokens, which fits neither merged nor sampled ones."""
-        for mask in ("attention_mask", "ip_adapter_masks"):
-            if kwargs.get(mask) is not None and not _is_cross_attention_mask(mask, kwargs):
+        """Whether the layer has a mask over its image tokens, which fits neither merged nor sampled ones.
+
+        In cross-attention an attention mask is over the tokens of the text, which are not merged, and an IP-Adapter's
+        masks are over the image; self-attention is given these, too, and drops them.
+        """
+        is_cross_attention = kwargs.get("encoder_hidden_states") is not None
+        for mask in ("ip_adapter_masks",) if is_cross_attention else ("attention_mask",):
+            if kwargs.get(mask) is not None:
                 warnings.warn(
                     f"A layer of {self.site.name} runs unpatched: its {mask} is made for all tokens.", stacklevel=2
                 )
@@ -125,8 +136,3 @@ class PatchedBlock:
             return output
         self._merged = False
         return unmerge(output, self._matching)
-
-
-def _is_cross_attention_mask(mask: str, kwargs: dict[str, Any]) -> bool:
-    """A mask over the tokens of the text, which are not merged."""
-    return mask == "attention_mask" and kwargs.get("encoder_hidden_states") is not None

@@ -20,8 +20,8 @@ def outside_the_graph(function: Function) -> Function:
     return disabled
 
 
-def recompile(model: Any) -> None:
-    """Forget what is compiled, if a part of ``model``'s UNet is: graphs do not notice hooks that come and go."""
-    unet: nn.Module = getattr(model, "unet", model)
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in unet.modules()):
+def recompile(*nets: nn.Module) -> None:
+    """Forget what is compiled, if a part of ``nets`` is: graphs do not notice hooks that come and go."""
+    modules = (module for net in nets for module in net.modules())
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules):
         torch.compiler.reset()

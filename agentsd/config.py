@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from agentsd.presets import PRESETS
-
 MIN_TOKENS = 1024  # where the paper's schedule is as fast as fused attention, as measured (benchmarks/NOTES.md)
 # the settings that say how tokens are merged, and are idle where keys and values are sampled instead
 MERGING = {"ratio", "agent_ratio", "k_scale2", "k_shortcut", "merge_attn", "merge_crossattn", "merge_mlp"}
@@ -185,18 +183,6 @@ class Settings:
         """What holds in cheap calls, if it is not the phase that the schedule is in."""
         cell = self.cache_cell
         return Phase("cheap", cell, cell, 0.0, sample_kv=True, min_tokens=self.min_tokens) if cell > 1 else None
-
-
-def with_preset(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """``given`` settings, those at their defaults replaced by the preset's."""
-    if preset is None:
-        return given
-    names = ", ".join(map(repr, PRESETS))
-    _require(preset in PRESETS, "preset", preset, f"one of {names}, or None for the paper's schedule")
-    defaults = {field.name: field.default for field in fields(Settings)}
-    return {
-        name: PRESETS[preset].get(name, value) if value == defaults[name] else value for name, value in given.items()
-    }
 
 
 def _converted(kind: type, name: str, value: Any) -> Any:

@@ -26,9 +26,17 @@ def unet_of(model: Any) -> nn.Module:
 
 
 def controlnets_of(model: Any) -> dict[str, nn.Module]:
-    """The ControlNets of a pipeline, by name."""
+    """The ControlNets of a pipeline, by name; without what ``torch.compile`` puts around them."""
     net = getattr(model, "controlnet", None)
+    net = getattr(net, "_orig_mod", net)
     if not isinstance(net, nn.Module):
         return {}
     nets = getattr(net, "nets", None)
-    return {f"controlnet.nets.{i}": n for i, n in enumerate(nets)} if nets is not None else {"controlnet": net}
+    named = {f"controlnet.nets.{i}": n for i, n in enumerate(nets)} if nets is not None else {"controlnet": net}
+    return {name: getattr(n, "_orig_mod", n) for name, n in named.items()}
+
+
+def compiled_parts_of(model: Any) -> list[nn.Module]:
+    """The UNet and the ControlNets as the pipeline calls them, with what ``torch.compile`` puts around them."""
+    parts = (getattr(model, "unet", model), getattr(model, "controlnet", None))
+    return [part for part in parts if isinstance(part, nn.Module)]

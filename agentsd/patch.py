@@ -50,6 +50,8 @@ class Patch:
     def remove(self, unet: nn.Module) -> None:
         for handle in self._handles:
             handle.remove()
+        for block in self.blocks:
+            block.reset(unet.get_submodule(block.site.name))
         if self.reuse is not None:
             self.reuse.detach(unet)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
+P = ParamSpec("P")
+T = TypeVar("T")
 REUSED = {"cache_order": 1, "cache_cell": 2}
 
 PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
@@ -15,3 +20,27 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }
 )
+
+
+def takes_preset(function: Callable[P, T]) -> Callable[P, T]:
+    """Let the settings of ``preset=`` stand in for the arguments that a call of ``function`` leaves out.
+
+    Raises:
+        ValueError: there is no preset of this name.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def with_preset(*args: P.args, **kwargs: P.kwargs) -> T:
+        preset = kwargs.get("preset")
+        if preset is None:
+            return function(*args, **kwargs)
+        if preset not in PRESETS:
+            names = ", ".join(map(repr, PRESETS))
+            raise ValueError(
+                f"preset={preset!r} is not allowed: expected one of {names}, or None for the paper's schedule."
+            )
+        given = signature.bind(*args, **kwargs).arguments
+        return cast("Callable[..., T]", function)(**{**PRESETS[str(preset)], **given})
+
+    return with_preset

@@ -56,6 +56,12 @@ class AgentAttnProcessor:
         """Compute the next call of ``attn``, with ``agents`` (B, A, C), before projection."""
         self._own, attn.processor, self.agents = attn.processor, self, agents
 
+    def give_back(self, attn: Any) -> None:
+        """Put the layer's own processor back where a call was taken over and did not come."""
+        if attn.processor is self:
+            attn.processor = self._own
+        self._own = self.agents = None
+
     def __call__(
         self,
         attn: Any,
@@ -64,8 +70,8 @@ class AgentAttnProcessor:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, M, C) merged tokens -> (B, M, C)."""
-        attn.processor, tokens = self._own, self.agents
-        self._own = self.agents = None
+        tokens = self.agents
+        self.give_back(attn)
         query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(tokens))
         key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
         if attn.norm_q is not None:

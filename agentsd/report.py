@@ -11,6 +11,7 @@ from agentsd.models import controlnets_of, unet_of
 from agentsd.patch import ATTRIBUTE, Patch, patch_of
 from agentsd.processor import can_sample_kv, can_use_agents
 from agentsd.sites import Site, find_sites, grids
+from agentsd.skip import skipped_modules
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class LayerReport:
     Attributes:
         name: of the block in its UNet.
         grid: height and width of its tokens.
-        phases: the token counts in each phase that the schedule reaches; empty where the block is not patched.
+        phases: the token counts in each phase that the schedule reaches, and in ``"cheap"`` calls where these run the
+            block and have counts of their own; empty where the block is not patched.
         note: why it is not patched, or why it has no agents.
     """
 
@@ -48,7 +50,8 @@ class Report:
 
     @property
     def patched(self) -> tuple[LayerReport, ...]:
-        return tuple(layer for layer in self.layers if layer.phases)
+        """The blocks in which something changes."""
+        return tuple(layer for layer in self.layers if any(counts.changed for counts in layer.phases.values()))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,30 +83,34 @@ class Report:
             f"{ratio}for {height}x{width} latents"
         )
         rows = []
-        if self.patched:
-            headings = (_heading(self.settings, phase) for phase in self.patched[0].phases)
-            rows = [("block", "tokens", *headings), *map(self._row, self.patched)]
-        names: dict[str, list[str]] = {}
+        listed = [layer for layer in self.layers if layer.phases]
+        names = dict.fromkeys(name for layer in listed for name in layer.phases)
+        if listed:
+            headings = (_heading(self.settings, name) for name in names)
+            rows = [("block", "tokens", *headings), *(self._row(layer, list(names)) for layer in listed)]
+        others: dict[str, list[str]] = {}
         for layer in self.layers:
             if not layer.phases:
-                names.setdefault(layer.note, []).append(layer.name)
-        rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in names.items()]
+                others.setdefault(layer.note, []).append(layer.name)
+        rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in others.items()]
         if self.settings.cache_interval > 1:
-            cheap = self.settings.cheap
-            sampled = f", with one key of each {cheap.sy}x{cheap.sx} tokens" if cheap is not None else ""
             rest.append(
                 f"feature reuse: one call in {self.settings.cache_interval} is whole, the others run "
-                f"{2 * self.settings.cache_branch + 1} layers{sampled}; {self.cache_bytes / 2**20:.1f} MB kept"
+                f"{2 * self.settings.cache_branch + 1} layers; {self.cache_bytes / 2**20:.1f} MB kept"
             )
+        if self.settings.cheap is not None and "cheap" not in names:
+            rest.append("cache_cell changes nothing: the layers that cheap calls run have no self-attention to patch")
         return head, rows, rest
 
-    def _row(self, layer: LayerReport) -> tuple[str, ...]:
+    def _row(self, layer: LayerReport, phases: list[str]) -> tuple[str, ...]:
         height, width = layer.grid
-        cells = [_cell(counts, self.settings) for counts in layer.phases.values()]
+        cells = [_cell(layer.phases[name], self.settings) if name in layer.phases else "skipped" for name in phases]
         return layer.name, f"{height}x{width} = {height * width}", *cells, layer.note
 
 
 def _heading(settings: Settings, phase: str) -> str:
+    if phase == "cheap":
+        return f"one key of each {settings.cache_cell}x{settings.cache_cell}, cheap calls"
     if not settings.sample_kv and settings.ratio == 0:
         return "whole calls"
     share = settings.agent_steps if phase == "agent" else 1 - settings.agent_steps
@@ -185,14 +192,16 @@ def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerR
         if not settings.acts:
             note = "nothing is to be merged"
         return LayerReport(site.name, grid, {}, note)
+    attn, unchanged, note = unet.get_submodule(site.name).attn1, Counts(grid[0] * grid[1], 0, 0), ""
     phases = {phase.name: phase.counts(*grid) for phase in settings.phases}
-    attn, agent = unet.get_submodule(site.name).attn1, phases.get("agent")
-    note = ""
+    agent = phases.get("agent")
+    if settings.cheap is not None and not _is_skipped(unet, settings.cache_branch, site):
+        phases["cheap"] = settings.cheap.counts(*grid) if can_sample_kv(attn) else unchanged
     if grid[0] * grid[1] < settings.min_tokens:
         note = f"unchanged: fewer tokens than min_tokens={settings.min_tokens}"
     elif settings.sample_kv and not can_sample_kv(attn):
         note = f"unchanged: {type(attn.processor).__name__} cannot sample keys and values"
-        phases = {name: Counts(grid[0] * grid[1], 0, 0) for name in phases}
+        phases = dict.fromkeys(phases, unchanged)
     elif agent is not None and agent.merged:
         if not settings.merge_attn:
             note = "no agents: self-attention is not merged"
@@ -201,7 +210,11 @@ def _layer(unet: Any, patch: Patch, site: Site, grid: tuple[int, int]) -> LayerR
             phases["agent"] = Counts(agent.tokens, agent.merged, 0)
         elif not agent.agents:
             note = "no agents: too few tokens are merged away for them to be cheaper than attention"
-    if settings.cheap is not None and not settings.sample_kv and not can_sample_kv(attn):
-        processor = type(attn.processor).__name__
-        note = "; ".join(filter(None, (note, f"{processor} cannot sample keys and values in cheap calls")))
+    elif "cheap" in phases and not can_sample_kv(attn):
+        note = f"{type(attn.processor).__name__} cannot sample keys and values in cheap calls"
     return LayerReport(site.name, grid, phases, note)
+
+
+def _is_skipped(unet: Any, branch: int, site: Site) -> bool:
+    """Whether cheap calls skip the block."""
+    return any(site.name.startswith(f"{name}.") for name in skipped_modules(unet, branch))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from agentsd.skip import skipped_modules, unwrap, wrap
 
+MOST_LANES = 4  # calls of one step; guidance makes two or three
+
 
 @dataclass
 class Lane:
@@ -38,9 +40,14 @@ class Lane:
         self.latest, self.gap, self.age = features, self.age, 0
 
     def estimate(self) -> Tensor | None:
-        """The latest features, or where they are heading: the first order of a Taylor polynomial, as in TaylorSeer."""
-        if self.previous is None or self.latest is None:
-            return self.latest
+        """The latest features, or where they are heading: the first order of a Taylor polynomial, as in TaylorSeer.
+
+        A tensor of its own: FreeU scales features in place.
+        """
+        if self.latest is None:
+            return None
+        if self.previous is None:
+            return self.latest.clone()
         return torch.lerp(self.previous, self.latest, 1 + self.age / self.gap)
 
     @property
@@ -59,6 +66,8 @@ class Reuse:
         cheap: whether the present call is one.
         features: what the deep layers gave in this call, or are taken to give.
         blanks: by the name of a skipped module, its output as shapes without memory.
+        lanes: the features of each of the calls that a step makes.
+        attached: False once undone: somebody else's wrap may keep ours in place, which then does nothing.
     """
 
     interval: int
@@ -68,6 +77,7 @@ class Reuse:
     features: Tensor | None = None
     blanks: dict[str, Any] = field(default_factory=dict)
     lanes: list[Lane] = field(default_factory=list)
+    attached: bool = False
     _trajectory: Any = None
     _call: int = -1  # the place of the last call in its trajectory, and how many calls before it were at the same
     _repeat: int = 0
@@ -78,12 +88,14 @@ class Reuse:
         for name in unread:
             wrap(unet.get_submodule(name), _blank_if_cheap, self, name)
         wrap(unet.get_submodule(last), _features_if_cheap, self, last)
+        self.attached = True
 
     def detach(self, unet: nn.Module) -> None:
         for name in skipped_modules(unet, self.branch):
             unwrap(unet.get_submodule(name), _blank_if_cheap)
             unwrap(unet.get_submodule(name), _features_if_cheap)
         self.forget()
+        self.attached = False
 
     def forget(self) -> None:
         self.cheap, self.features = False, None
@@ -102,6 +114,9 @@ class Reuse:
         else:
             self._repeat = self._repeat + 1 if call == self._call else 0
         self._trajectory, self._call = trajectory, call
+        if self._repeat == MOST_LANES:  # images that nothing tells apart: of one step each, without a pipeline
+            self.forget()
+            self._repeat = 0
         if self._repeat == len(self.lanes):
             self.lanes.append(Lane(self.order))
         lane = self.lanes[self._repeat]
@@ -111,7 +126,7 @@ class Reuse:
 
     def after_call(self) -> None:
         if not self.cheap and self.features is not None:
-            self.lanes[self._repeat].remember(self.features.detach())
+            self.lanes[self._repeat].remember(self.features)
         self.cheap, self.features = False, None
 
     @property
@@ -124,7 +139,8 @@ def _blank_if_cheap(reuse: Reuse, name: str, forward: Callable[..., Any], *args:
     if reuse.cheap:
         return _blank(reuse.blanks[name])
     output = forward(*args, **kwargs)
-    reuse.blanks[name] = _shapes(output)
+    if reuse.attached:
+        reuse.blanks[name] = _shapes(output)
     return output
 
 
@@ -132,8 +148,10 @@ def _features_if_cheap(reuse: Reuse, name: str, forward: Callable[..., Any], *ar
     if reuse.cheap:
         return (reuse.features,) if reuse.blanks[name] else reuse.features
     output = forward(*args, **kwargs)
+    if not reuse.attached:
+        return output
     reuse.blanks[name] = isinstance(output, tuple)  # a transformer gives its features in a tuple
-    reuse.features = output[0] if reuse.blanks[name] else output
+    reuse.features = (output[0] if reuse.blanks[name] else output).detach().clone()
     return output
 
 

@@ -63,17 +63,23 @@ def _levels(unet: nn.Module) -> Iterator[tuple[str, int]]:
     level = 0
     for i, block in enumerate(getattr(unet, "down_blocks", ())):
         yield f"down_blocks.{i}", level
-        level += len(getattr(block, "downsamplers", None) or ())
+        level += len(_samplers(block, "downsamplers"))
     if getattr(unet, "mid_block", None) is not None:
         yield "mid_block", level
     for i, block in enumerate(getattr(unet, "up_blocks", ())):
         yield f"up_blocks.{i}", level
-        level -= len(getattr(block, "upsamplers", None) or ())
+        level -= len(_samplers(block, "upsamplers"))
+
+
+def _samplers(block: nn.Module, kind: str) -> list[nn.Module]:
+    """In a list, which ControlNet-XS has a single one without."""
+    samplers = getattr(block, kind, None) or ()
+    return [samplers] if isinstance(samplers, nn.Module) and not isinstance(samplers, nn.ModuleList) else [*samplers]
 
 
 def _downsamplers(unet: nn.Module) -> Iterator[nn.Module]:
     for block in getattr(unet, "down_blocks", ()):
-        yield from getattr(block, "downsamplers", None) or ()
+        yield from _samplers(block, "downsamplers")
 
 
 def _downsampled(sampler: nn.Module, size: int) -> int:

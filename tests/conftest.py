@@ -127,7 +127,7 @@ def kind(request) -> str:
 @pytest.fixture(autouse=True)
 def small_layers_are_patched(monkeypatch):
     """The tests' models have fewer tokens than layers that are patched by default."""
-    monkeypatch.setitem(agentsd.apply_patch.__kwdefaults__, "min_tokens", 0)
+    monkeypatch.setitem(agentsd.apply_patch.__wrapped__.__kwdefaults__, "min_tokens", 0)
 
 
 @pytest.fixture(autouse=True)

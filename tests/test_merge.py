@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentsd.matching import Matching, bipartite_soft_matching, partition
-from agentsd.merge import merge, unmerge
+from agentsd.merge import means_by_adding, merge, unmerge
 
 
 def random_matching(batch: int, height: int, width: int, r: int, seed: int = 0) -> tuple[torch.Tensor, Matching]:
@@ -29,6 +29,7 @@ def test_means_equal_a_plain_loop(batch, height, width, share, data):
     merged = merge(x, matching)
     assert merged.shape == (batch, groups, 6)
     rows = x.reshape(batch * tokens, 6)
+    torch.testing.assert_close(means_by_adding(rows, matching), merged.view(-1, 6))
     for group in range(batch * groups):
         members = [rows[i] for i in range(batch * tokens) if matching.group[i] == group]
         torch.testing.assert_close(merged.view(-1, 6)[group], sum(members) / len(members))

@@ -121,7 +121,7 @@ def test_with_a_cell_cheap_calls_sample_and_whole_calls_do_what_they_did(kind, w
     agentsd.apply_patch(unet, **whole, cache_interval=2)
     without = [unet(**x).sample for x in inputs]
     agentsd.apply_patch(unet, **whole, cache_interval=2, cache_cell=4)
-    attn = unet.get_submodule(agentsd.report(unet).patched[-1].name).attn1
+    attn = unet.get_submodule(agentsd.report(unet).layers[-1].name).attn1
     hook = lambda _, args, kwargs: keys.append(kwargs["encoder_hidden_states"])
     attn.register_forward_pre_hook(hook, with_kwargs=True)
     with_cell = [unet(**x).sample for x in inputs]
@@ -146,7 +146,44 @@ def test_a_cell_needs_a_processor_that_can_sample_and_the_report_says_so():
 
 def test_the_report_tells_of_the_cell():
     report = str(agentsd.report(agentsd.apply_patch(make_unet(), preset="balanced")))
-    assert "whole calls" in report and "with one key of each 2x2 tokens" in report
+    assert (
+        "1 of 4 transformer blocks patched" in report
+    )  # the others are skipped in cheap calls and whole in whole ones
+    assert "one key of each 2x2, cheap calls" in report and "64 keys and values (attention costs 25%)" in report
+    assert "unchanged    skipped" in report
+    sdxl = str(agentsd.report(agentsd.apply_patch(make_unet("sdxl"), preset="balanced")))
+    assert "0 of" in sdxl and "cache_cell changes nothing" in sdxl
+
+
+def test_freeu_scales_no_feature_twice():
+    """Cheap calls right after a whole one, at the same input, equal it: FreeU scales features where they are."""
+    unet, inputs = make_unet(layers_per_block=2), unet_inputs()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    expected = unet(**inputs).sample
+    agentsd.apply_patch(unet, ratio=0, cache_interval=4, cache_branch=3)
+    for i in range(4):
+        torch.testing.assert_close(unet(**{**inputs, "timestep": inputs["timestep"] - i * 1e-6}).sample, expected)
+
+
+def test_without_a_pipeline_images_of_one_step_leave_a_bounded_trace():
+    unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
+    for _ in range(20):
+        unet(**unet_inputs(timestep=999))
+    assert len(unet._agentsd_patch.reuse.lanes) <= 4
+
+
+def test_what_cannot_be_reused_changes_nothing():
+    """The patch from before stays, and goes without a trace."""
+    pipe = make_pipeline()
+    plain = image(pipe)
+    agentsd.apply_patch(pipe, seed=0)
+    patched = image(pipe)
+    with pytest.raises(ValueError, match="cache_branch=99"):
+        agentsd.apply_patch(pipe, cache_interval=2, cache_branch=99)
+    assert torch.equal(image(pipe), patched)
+    agentsd.remove_patch(pipe)
+    assert torch.equal(image(pipe), plain)
+    assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
 
 
 def test_recorded_gradients_are_whole():

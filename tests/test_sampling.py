@@ -65,6 +65,19 @@ def test_a_mask_over_the_image_tokens_is_obeyed():
     assert block._has_mask({"attention_mask": None}) is False
     with pytest.warns(UserWarning, match="attention_mask is made for all tokens"):
         assert block._has_mask({"attention_mask": torch.ones(1, 256)})
+    assert not block._has_mask({"attention_mask": torch.ones(1, 5), "encoder_hidden_states": torch.ones(1, 5, 16)})
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["merging", "sampling"])
+def test_masks_of_an_ip_adapter_are_none_of_self_attention_s(settings):
+    """diffusers hands them to every attention layer, and all but cross-attention drop them."""
+    unet = make_unet()
+    masks = {"cross_attention_kwargs": {"ip_adapter_masks": [torch.ones(1, 1, 16, 16)]}}
+    agentsd.apply_patch(unet, **settings, seed=0)
+    expected = unet(**unet_inputs()).sample
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(unet(**unet_inputs(), **masks).sample, expected)
 
 
 def test_counts():
@@ -80,7 +93,7 @@ def test_settings_of_merging_are_errors_beside_it():
 
 def test_small_layers_are_left_alone():
     unet = agentsd.apply_patch(make_unet(), max_downsample=2, min_tokens=200)
-    by_tokens = {layer.grid[0] * layer.grid[1]: layer for layer in agentsd.report(unet).patched}
+    by_tokens = {layer.grid[0] * layer.grid[1]: layer for layer in agentsd.report(unet).layers}
     assert by_tokens[256].phases["merge"].merged > 0 and not by_tokens[256].note
     assert by_tokens[64].phases["merge"].merged == 0
     assert by_tokens[64].note == "unchanged: fewer tokens than min_tokens=200"

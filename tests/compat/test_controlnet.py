@@ -31,3 +31,16 @@ def test_a_pipeline_without_one():
     pipe, _ = PIPELINES["text to image"]()
     with pytest.raises(ValueError, match="has no ControlNet"):
         agentsd.apply_patch(pipe, patch_controlnet=True)
+
+
+def test_a_compiled_controlnet_notices_the_patch():
+    pipe, run = PIPELINES["ControlNet"]()
+    agentsd.apply_patch(pipe, seed=0, patch_controlnet=True)
+    expected = run()
+    agentsd.remove_patch(pipe)
+    pipe.controlnet.compile(backend="eager")
+    run()
+    agentsd.apply_patch(pipe, seed=0, patch_controlnet=True)
+    torch.testing.assert_close(run(), expected)
+    agentsd.remove_patch(pipe)
+    torch._dynamo.reset()

@@ -12,9 +12,14 @@ from zoo import build, picture, runner
 
 import agentsd
 
-SETTINGS = {"agents": {}, "sampling": {"sample_kv": True}, "reuse": {"cache_interval": 2}}
-
-LAYERS = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block", "conv_out"]
+SETTINGS = {
+    "agents": {},
+    "sampling": {"sample_kv": True},
+    "reuse": {"cache_interval": 2},
+    "cheap": {"merge_attn": False, "merge_crossattn": True, "cache_interval": 2, "cache_cell": 2},
+}
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+LAYERS = [f"{BLOCK}.attn1", f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_q", "mid_block", "conv_out"]
 
 
 @pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)
@@ -32,9 +37,7 @@ def patched_pipe(settings):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("call", [0, 1, 3])
-@pytest.mark.parametrize(
-    "layer", ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block", "conv_out"]
-)
+@pytest.mark.parametrize("layer", LAYERS)
 def test_an_exception_anywhere(settings, error, call, layer):
     pipe, run, plain, expected = patched_pipe(settings)
     calls = iter(range(99))
@@ -51,6 +54,20 @@ def test_an_exception_anywhere(settings, error, call, layer):
     finally:
         handle.remove()
     assert torch.equal(run(), expected)
+    agentsd.remove_patch(pipe)
+    assert torch.equal(run(), plain)
+
+
+def test_removed_right_after_an_exception(settings):
+    pipe, run, plain, _ = patched_pipe(settings)
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    handle = pipe.unet.get_submodule(LAYERS[0]).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run()
+    handle.remove()
     agentsd.remove_patch(pipe)
     assert torch.equal(run(), plain)
 
