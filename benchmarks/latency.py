@@ -63,11 +63,15 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--out {args.out}: each of {len(args.size)} sizes has a file of its own; leave it out")
     if args.pipeline and (args.model in ARCHITECTURES or args.profile):
         parser.error("--pipeline: give --model an id or a folder, and leave out --profile, which is of UNet calls")
+    if args.profile and (args.compile or args.device != "cpu"):
+        parser.error("--profile: leave out --compile, and give --device cpu: it times layers one by one as they run")
     return args
 
 
 def out_of(args: argparse.Namespace) -> Path:
-    suffix = f"-{args.steps}-steps" * (args.steps != STEPS) + "-compiled" * args.compile + "-pipeline" * args.pipeline
+    unusual = ((args.device, "cpu"), (f"batch-{args.batch}", "batch-2"), (f"{args.steps}-steps", f"{STEPS}-steps"))
+    suffix = "".join(f"-{value}" for value, usual in unusual if value != usual)
+    suffix += "-compiled" * args.compile + "-pipeline" * args.pipeline
     name = f"latency-{Path(args.model).name}-{args.size}-{args.dtype}{suffix}.json"
     return args.out or Path(__file__).with_name("results") / name
 

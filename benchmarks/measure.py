@@ -48,46 +48,43 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def timed(unet: nn.Module, seconds: dict[str, float]) -> Iterator[None]:
-    """Seconds of each kind of layer, and of the patch's own work. For CPUs, which do not queue."""
-    handles, begun = [], {}
+    """Seconds of each kind of layer, and of the patch's own work. For CPUs, which do not queue.
 
-    def hook(kind: str, module: nn.Module) -> None:
-        def before(*_: Any) -> None:
-            begun[module] = time.perf_counter()
+    Around ``forward``, not by hooks: the hooks of a patch are its own work, and none of the layer's.
+    """
+    layers: list[nn.Module] = []
 
-        def after(*_: Any) -> None:
-            seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - begun[module]
-
-        # first of all and last of all, so that a patch's own hooks are not counted as the layer's
-        handles.extend([module.register_forward_pre_hook(before), module.register_forward_hook(after, prepend=True)])
+    def watch(kind: str, module: nn.Module) -> None:
+        module.forward = _counted(module.forward, kind, seconds)
+        layers.append(module)
 
     for name, module in unet.named_modules():
         if name.endswith(".attn1"):
-            hook("self-attention", module)
+            watch("self-attention", module)
         elif name.endswith(".attn2"):
-            hook("cross-attention", module)
+            watch("cross-attention", module)
         elif name.endswith(".ff"):
-            hook("MLP", module)
+            watch("MLP", module)
         elif isinstance(module, ResnetBlock2D) or ("samplers." in name and name.endswith("conv")):
-            hook("convolutions", module)
+            watch("convolutions", module)
     functions = ("bipartite_soft_matching", "merge", "unmerge")
     originals = {name: getattr(agentsd.block, name) for name in functions}
     for name, function in originals.items():
-        setattr(agentsd.block, name, _counted(function, seconds))
+        setattr(agentsd.block, name, _counted(function, "matching and merging", seconds))
     try:
         yield
     finally:
         for name, function in originals.items():
             setattr(agentsd.block, name, function)
-        for handle in handles:
-            handle.remove()
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
 
 
-def _counted(function: Callable[..., Any], seconds: dict[str, float]) -> Callable[..., Any]:
-    def around(*args: Any) -> Any:
+def _counted(function: Callable[..., Any], kind: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def around(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        result = function(*args)
-        seconds["matching and merging"] = seconds.get("matching and merging", 0.0) + time.perf_counter() - start
+        result = function(*args, **kwargs)
+        seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - start
         return result
 
     return around

@@ -6,12 +6,13 @@ Each returns how to undo it. A further peer is one function more, and one line i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 import agentsd
+from agentsd.config import Settings
 from agentsd.sites import find_sites
 
 Undo = Callable[[], Any]
@@ -26,25 +27,33 @@ class Method:
         interval: one denoiser call in this many is whole, where deep features are reused.
         phases: share of the steps after which calls cost something else; None where they never do.
         ratio: share of the tokens merged, for the table; None where none is.
+        settings: all of them, by which images of before are known to be of the same method.
     """
 
     apply: Callable[[Any], Undo]
     interval: int = 1
     phases: float | None = None
     ratio: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-def agent(**settings: Any) -> Method:
+def agent(**given: Any) -> Method:
+    """agentsd: the paper's schedule, but for what is given."""
+    preset = agentsd.PRESETS.get(given.pop("preset", None), {})
+    settings = Settings(**{**preset, **given, "seed": 0, "min_tokens": 0})
+
     def apply(pipe: Any) -> Undo:
-        agentsd.apply_patch(pipe, seed=0, min_tokens=0, **settings)
+        agentsd.apply_patch(pipe, **asdict(settings))
         return lambda: agentsd.remove_patch(pipe)
 
-    values = agentsd.PRESETS.get(settings.get("preset"), {}) | settings
-    cell = [values.get(name) for name in ("sx", "sy", "agent_sx", "agent_sy")]
-    constant = values.get("sample_kv") and cell[:2] == cell[2:]  # both phases cost the same
-    share = None if constant else values.get("agent_steps", 0.4)
-    ratio = None if values.get("sample_kv") else values.get("ratio", 0.4)
-    return Method(apply, values.get("cache_interval", 1), share if ratio != 0 else None, ratio or None)
+    alike = len({(phase.sy, phase.sx, phase.agent_ratio) for phase in settings.phases}) == 1
+    return Method(
+        apply,
+        settings.cache_interval,
+        None if alike else settings.agent_steps,
+        None if settings.sample_kv else settings.ratio or None,
+        asdict(settings),
+    )
 
 
 def tome(ratio: float) -> Method:
@@ -56,7 +65,7 @@ def tome(ratio: float) -> Method:
         tomesd.apply_patch(pipe.unet, ratio=ratio)
         return lambda: tomesd.remove_patch(pipe.unet)
 
-    return Method(apply, ratio=ratio)
+    return Method(apply, ratio=ratio, settings={"tomesd": ratio})
 
 
 def deepcache(interval: int) -> Method:
@@ -70,7 +79,7 @@ def deepcache(interval: int) -> Method:
         helper.enable()
         return helper.disable
 
-    return Method(apply, interval)
+    return Method(apply, interval, settings={"DeepCache": interval})
 
 
 def together(first: Method, second: Method) -> Method:
@@ -79,7 +88,11 @@ def together(first: Method, second: Method) -> Method:
         return lambda: (undo_second(), undo_first())
 
     return Method(
-        apply, max(first.interval, second.interval), first.phases or second.phases, first.ratio or second.ratio
+        apply,
+        max(first.interval, second.interval),
+        first.phases or second.phases,
+        first.ratio or second.ratio,
+        {**first.settings, **second.settings},
     )
 
 
@@ -88,9 +101,15 @@ def no_attention(pipe: Any) -> Undo:
     sites = [site for site in find_sites(pipe.unet) if not site.skip]
     top = min(site.level for site in sites)
     layers = [pipe.unet.get_submodule(site.name).attn1 for site in sites if site.level == top]
+    before = [layer.forward for layer in layers]
     for layer in layers:
         layer.forward = lambda hidden_states, **_: torch.zeros_like(hidden_states)
-    return lambda: [layer.__dict__.pop("forward") for layer in layers]
+
+    def undo() -> None:
+        for layer, forward in zip(layers, before, strict=True):
+            layer.forward = forward
+
+    return undo
 
 
 def unpatched(pipe: Any) -> Undo:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 Result = dict[str, Any]
 METRICS = ("PSNR, dB", "FD-EffNetLite0")
 # one figure is of at least so many methods, or sizes
-MOST_POINTS, MOST_SIZES = 4, 3
+LEAST_POINTS, LEAST_SIZES = 4, 3
 mpl.rcParams["svg.hashsalt"] = "agentsd"  # equal figures are equal files
 
 
@@ -78,7 +78,7 @@ def fronts(results: list[Result]) -> dict[str, str]:
             if settings["steps"] < int(steps):  # of another kind of schedule
                 continue
             for metric in METRICS:
-                if len(front_points(latency, quality, metric)) >= MOST_POINTS:
+                if len(front_points(latency, quality, metric)) >= LEAST_POINTS:
                     name = f"{settings['model']}-{settings['size']}-{settings['dtype']}-{steps}-steps-{metric}"
                     found[re.sub(r"[^a-z0-9]+", "-", f"front-{name}".lower())] = front(latency, quality, metric)
     return found
@@ -95,7 +95,7 @@ def series(results: list[Result]) -> dict[str, list[Result]]:
     return {
         name: sorted(group, key=lambda r: r["settings"]["size"])
         for name, group in found.items()
-        if len(group) >= MOST_SIZES
+        if len(group) >= LEAST_SIZES
     }
 
 
@@ -108,7 +108,7 @@ def growth(group: list[Result]) -> str:
         for row in result["rows"]:
             methods[row["method"]].append((tokens, row["schedule"], row["speedup"]))
     for name, points in methods.items():
-        if len(points) >= MOST_SIZES:
+        if len(points) >= LEAST_SIZES:
             tokens, times, ratios = zip(*points, strict=True)
             seconds.plot(tokens, times, "o-", markersize=3, label=name)
             speedup.plot(tokens, ratios, "o-", markersize=3, label=name)

@@ -12,6 +12,7 @@ Resumable: an image that is there is not made again, and one is only there when 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -63,6 +64,22 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     return args.folder / re.sub(r"[^a-z0-9.=]+", "-", name.lower()).strip("-")
 
 
+def claim(folder: Path, method: Method, args: argparse.Namespace) -> None:
+    """Make the folder of a method's images.
+
+    Raises:
+        ValueError: it is there with images of other settings, or with more than are asked for.
+    """
+    wanted = {name: getattr(args, name) for name in ("model", "prompts", "steps", "guidance", "batch")}
+    wanted["method"] = method.settings
+    made = folder / "settings.json"
+    if made.exists() and json.loads(made.read_text()) != wanted:
+        raise ValueError(f"{folder} holds images of other settings: give another --folder, or delete it")
+    if len(list(folder.glob("*.png"))) > args.images:
+        raise ValueError(f"{folder} holds more than --images {args.images}: give as many, or another --folder")
+    write_json(made, wanted)
+
+
 def save(image: Any, path: Path) -> None:
     """Whole or not at all."""
     part = path.with_suffix(".part")
@@ -78,15 +95,15 @@ def generate(
     Batches are always the same ones, since the sums of a batch depend on its size in the last bit: where a stop left
     one half done, it is drawn again, and what is lacking of it is saved.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = lambda i: folder / f"{i:05d}.png"
     batches = [range(len(prompts))[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
-    lacking = [batch for batch in batches if not all(path(i).exists() for i in batch)]
-    advance(len(prompts) - sum(map(len, lacking)))
     undo = method.apply(pipe)
     try:
-        with PartialState().split_between_processes(lacking) as share:
+        with PartialState().split_between_processes(batches) as share:
             for indices in share:
+                if all(path(i).exists() for i in indices):
+                    advance(len(indices))
+                    continue
                 generators = [torch.Generator().manual_seed(i) for i in indices]
                 images = pipe(
                     [prompts[i] for i in indices],
@@ -109,7 +126,7 @@ def real_images(args: argparse.Namespace) -> Path | None:
     from prompts import demo_scenes  # noqa: PLC0415
     from scenes import Scenes  # noqa: PLC0415  (the trainer's folder is on the path once scenes are asked for)
 
-    folder, scenes = args.folder / "real", Scenes(args.emoji)
+    folder, scenes = args.folder / f"real-{args.images}", Scenes(args.emoji)
     folder.mkdir(parents=True, exist_ok=True)
     for i, scene in enumerate(demo_scenes(args.images)):
         if not (folder / f"{i:05d}.png").exists():
@@ -142,11 +159,14 @@ def main() -> None:
         prompts = load_prompts(args.prompts, args.images)
         dtype = torch.float32 if state.device.type == "cpu" else torch.float16
         pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(state.device)
-        args.folder.mkdir(parents=True, exist_ok=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        if state.is_main_process:
+            for name, method in methods.items():
+                claim(folder_of(args, name), method, args)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    state.wait_for_everyone()
     pipe.set_progress_bar_config(disable=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not state.is_main_process) as progress:

@@ -22,10 +22,9 @@ INTRODUCTION = """# Results
 Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. Measured on
 CPUs alone: speed on the real architectures with random weights, quality on the demo model, whose 32x32 latents have
 1,024 tokens. Speed-ups are medians of ratios taken within a round, against PyTorch's fused attention; the range is
-that of the rounds. Peak memory of a CPU is the growth of the resident set in a call, sampled: take it for a hint. What
-the paper measured (an RTX 4090, naive attention) is in the README, and is labelled so. Nobody has measured yet, to our
-knowledge: FID of this implementation with trained Stable Diffusion weights, and its speed on a GPU against fused
-attention.
+that of the rounds. What the paper measured (an RTX 4090, naive attention) is in the README, and is labelled so. Nobody
+has measured yet, to our knowledge: FID of this implementation with trained Stable Diffusion weights, and its speed on
+a GPU against fused attention.
 """
 STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
 td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
@@ -75,7 +74,7 @@ def sliders(folder: Path, count: int = 3) -> str:
     """Unpatched and patched on top of each other, for the first images of each method."""
     parts = []
     for method in sorted(
-        path for path in folder.iterdir() if path.is_dir() and path.name not in ("real", "unpatched")
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(("real", "unpatched"))
     ):
         parts.append(f"<h3>{html.escape(method.name)}</h3>")
         for path in sorted(method.glob("*.png"))[:count]:

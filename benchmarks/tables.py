@@ -11,23 +11,26 @@ Rows = list[tuple[str, ...]]
 
 def latency_rows(result: dict[str, Any]) -> Rows:
     steps = result["settings"]["steps"]
-    headings = ("early call, s", "late call, s", "cheap call, s", "peak, MB", f"{steps} steps, s", "speed-up")
-    rows: Rows = [("method", "r %", *headings)]
+    # of a CPU it is the growth of the resident set, too rough for a table; the JSON has it
+    memory = ("peak, GB",) if result["hardware"].get("gpu") else ()
+    calls = ("early call, s", "late call, s", "cheap call, s")
+    rows: Rows = [("method", "r %", *calls, *memory, f"{steps} steps, s", "speed-up")]
     for row in result["rows"]:
-        calls = row["calls"]
-        late = calls.get("late whole", calls.get("early whole"))
-        cheap = [calls[kind] for kind in ("early cheap", "late cheap") if kind in calls]
+        timed = row["calls"]
+        late = timed.get("late whole", timed.get("early whole"))
+        cheap = [timed[kind] for kind in ("early cheap", "late cheap") if kind in timed]
         low, high = row["spread"]
+        spread = f"{low:.2f}-{high:.2f}" if len(row["rounds"]) > 1 else "one round"
         rows.append(
             (
                 row["method"],
                 f"{100 * row['ratio']:.0f}" if row["ratio"] else "",
-                f"{calls['early whole']:.2f}" if "early whole" in calls else "",
+                f"{timed['early whole']:.2f}" if "early whole" in timed else "",
                 f"{late:.2f}" if late is not None else "",
                 " / ".join(f"{seconds:.2f}" for seconds in cheap),
-                f"{row['peak_mb']:.0f}",
+                *(f"{row['peak_mb'] / 1024:.2f}" for _ in memory),
                 f"{row['schedule']:.1f}",
-                f"{row['speedup']:.2f}x ({low:.2f}-{high:.2f})",
+                f"{row['speedup']:.2f}x ({spread})",
             )
         )
     return rows

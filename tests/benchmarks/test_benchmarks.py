@@ -35,9 +35,10 @@ def test_latency(tmp_path):
     assert [row["method"] for row in data["rows"]] == ["unpatched", *METHODS]
     assert data["flops"]["total"] > sum(v for k, v in data["flops"].items() if k != "total") > 0
     assert data["rows"][0]["speedup"] == 1
-    assert set(data["rows"][2]["calls"]) == {"late whole", "late cheap"}  # the preset has no agent phase
+    assert set(data["rows"][2]["calls"]) == {"early whole", "early cheap"}  # which hold for all steps
     shares = data["profile"][METHODS[0]]
     assert shares["matching and merging"] > 0 and shares["self-attention"] > 0
+    assert sum(v for k, v in shares.items() if k not in ("seconds", "everything else")) < 1  # nothing counted twice
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,32 @@ def test_two_processes_make_the_images_of_one(images, tmp_path):
     assert files(tmp_path) == files(images)
 
 
+def test_images_of_other_settings_are_not_taken_for_this_run_s(images):
+    again = ["--folder", images, "--out", images / "q.json"]
+    for arguments in (["--steps", "3"], ["--images", "3"], ["--guidance", "2"]):
+        result = run("quality.py", *FEW, *again, *arguments)
+        assert result.returncode == 2 and "give" in result.stderr.splitlines()[-1]
+
+
+def test_the_profile_counts_merging_once(monkeypatch):
+    """By a clock that only merging moves: that is the patch's work, and none of the layer's that it is done for."""
+    from conftest import make_unet, unet_inputs  # noqa: PLC0415
+    from measure import timed  # noqa: PLC0415
+
+    import agentsd  # noqa: PLC0415
+
+    merge, calls = agentsd.block.merge, []
+    monkeypatch.setattr(agentsd.block, "merge", lambda *args: calls.append(1) or merge(*args))
+    monkeypatch.setattr("measure.time.perf_counter", lambda: float(len(calls)))
+    unet, seconds = make_unet(), {}
+    with timed(unet, seconds):
+        agentsd.apply_patch(unet)
+        unet(**unet_inputs())
+        agentsd.remove_patch(unet)
+    assert seconds["matching and merging"] == len(calls) > 0 == seconds["self-attention"]
+    assert not any("forward" in vars(module) for module in unet.modules())
+
+
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
@@ -89,6 +116,7 @@ def test_two_processes_make_the_images_of_one(images, tmp_path):
         ("latency.py", ["--size", "100"], "multiple of 64"),
         ("latency.py", ["--size", "64", "128", "--out", "one.json"], "--out"),
         ("latency.py", ["--pipeline"], "--pipeline"),
+        ("latency.py", ["--profile", "--compile"], "--profile"),
         ("quality.py", ["--model", "no/such/model"], "no/such/model"),
         ("quality.py", ["--images", "0"], "--images"),
         ("quality.py", ["--real", "no/such/folder"], "no/such/folder"),
