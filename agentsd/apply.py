@@ -91,31 +91,30 @@ def apply_patch(
         TypeError: ``model`` or an argument is of the wrong type.
         ValueError: an argument is out of its range, or ``model`` has no layer to patch.
     """
-    arguments: dict[str, Any] = {
-        "ratio": ratio,
-        "agent_steps": agent_steps,
-        "agent_ratio": agent_ratio,
-        "agent_sx": agent_sx,
-        "agent_sy": agent_sy,
-        "sx": sx,
-        "sy": sy,
-        "max_downsample": max_downsample,
-        "k_scale2": k_scale2,
-        "k_shortcut": k_shortcut,
-        "use_rand": use_rand,
-        "seed": seed,
-        "merge_attn": merge_attn,
-        "merge_crossattn": merge_crossattn,
-        "merge_mlp": merge_mlp,
-        "sample_kv": sample_kv,
-        "min_tokens": min_tokens,
-        "cache_interval": cache_interval,
-        "cache_branch": cache_branch,
-        "cache_order": cache_order,
-        "cache_cell": cache_cell,
-        "patch_controlnet": patch_controlnet,
-    }
-    settings = Settings(**arguments)
+    settings = Settings(  # `preset` is resolved by now
+        ratio=ratio,
+        agent_steps=agent_steps,
+        agent_ratio=agent_ratio,
+        agent_sx=agent_sx,
+        agent_sy=agent_sy,
+        sx=sx,
+        sy=sy,
+        max_downsample=max_downsample,
+        k_scale2=k_scale2,
+        k_shortcut=k_shortcut,
+        use_rand=use_rand,
+        seed=seed,
+        merge_attn=merge_attn,
+        merge_crossattn=merge_crossattn,
+        merge_mlp=merge_mlp,
+        sample_kv=sample_kv,
+        min_tokens=min_tokens,
+        cache_interval=cache_interval,
+        cache_branch=cache_branch,
+        cache_order=cache_order,
+        cache_cell=cache_cell,
+        patch_controlnet=patch_controlnet,
+    )
     unet = unet_of(model)
     sites = find_sites(unet)
     found = sorted({site.downsample for site in sites if not site.skip})
@@ -128,7 +127,7 @@ def apply_patch(
         )
     if not settings.acts and settings.cache_interval == 1:
         given = "ratio=0" if ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
-        warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=2)
+        warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=3)
     nets = controlnets_of(model) if patch_controlnet else {}
     if patch_controlnet and not nets:
         raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
