@@ -16,7 +16,7 @@ PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
         "quality": {**REUSED, "ratio": 0.0, "cache_interval": 2},
         "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 3},
-        "fast": {**REUSED, "agent_steps": 0.0, "cache_interval": 5},
+        "fast": {**REUSED, "agent_steps": 0.0, "cache_interval": 3},
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }
 )

@@ -132,6 +132,7 @@ METHODS: dict[str, Method] = {
     "agentsd balanced": agent(preset="balanced"),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
     "agentsd fast": agent(preset="fast"),
+    "agentsd fast, but N=5": agent(preset="fast", cache_interval=5),
     "no self-attention at the top (the limit)": Method(no_attention),
 }
 

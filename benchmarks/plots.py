@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 Result = dict[str, Any]
 METRICS = ("PSNR, dB", "FD-EffNetLite0")
 # one figure is of at least so many methods, or sizes
-LEAST_POINTS, LEAST_SIZES = 4, 3
+LEAST_POINTS, LEAST_SIZES = 6, 3
 mpl.rcParams["svg.hashsalt"] = "agentsd"  # equal figures are equal files
 
 
@@ -62,8 +62,10 @@ def front(latency: Result, quality: Result, metric: str) -> str:
     for x, y, name in points:
         axes.scatter(x, y, color=colour(name))
         axes.annotate(name, (x, y), fontsize=7, xytext=(5, 3), textcoords="offset points")
+    of = quality["settings"]
     axes.set(
-        xlabel=f"speed-up: {title(latency)}", ylabel=f"{metric}: demo model, {quality['settings']['images']} images"
+        xlabel=f"speed-up, {latency['settings']['steps']} steps: {title(latency)}",
+        ylabel=f"{metric}: demo model, {of['images']} images, {of['steps']} steps",
     )
     axes.margins(x=0.15)
     return svg(figure)
@@ -78,7 +80,8 @@ def fronts(results: list[Result]) -> dict[str, str]:
             if settings["steps"] < int(steps):  # of another kind of schedule
                 continue
             for metric in METRICS:
-                if len(front_points(latency, quality, metric)) >= LEAST_POINTS:
+                patched = [name for *_, name in front_points(latency, quality, metric) if name != "unpatched"]
+                if len(patched) >= LEAST_POINTS:
                     name = f"{settings['model']}-{settings['size']}-{settings['dtype']}-{steps}-steps-{metric}"
                     found[re.sub(r"[^a-z0-9]+", "-", f"front-{name}".lower())] = front(latency, quality, metric)
     return found

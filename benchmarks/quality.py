@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from card import card, write_json
 from diffusers import DiffusionPipeline
 from methods import Method, chosen
@@ -153,7 +154,7 @@ def measure(args: argparse.Namespace, methods: dict[str, Method], prompts: list[
 
 def main() -> None:
     args = parse_args()
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which only accelerate's Accelerator reads
     try:
         methods = {name: m for name, m in chosen(args.methods, args.ratios).items() if name != LIMIT}
         prompts = load_prompts(args.prompts, args.images)
@@ -174,7 +175,8 @@ def main() -> None:
             task = progress.add_task(name, total=args.images)
             generate(pipe, method, prompts, folder_of(args, name), args, lambda n, t=task: progress.advance(t, n))
     if state.is_main_process:
-        settings = {key: str(value) for key, value in vars(args).items()}
+        settings: dict[str, Any] = {key: str(value).replace(f"{ROOT}/", "") for key, value in vars(args).items()}
+        settings["processes"] = state.num_processes
         result = {
             "kind": "quality",
             **card(str(state.device)),

@@ -80,6 +80,7 @@ def test_two_processes_make_the_images_of_one(images, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
     assert files(tmp_path) == files(images)
+    assert json.loads((tmp_path / "q.json").read_text())["settings"]["processes"] == 2
 
 
 def test_images_of_other_settings_are_not_taken_for_this_run_s(images):
