@@ -1,4 +1,4 @@
-"""Named settings along the front of speed against fidelity, chosen by measurement (benchmarks/NOTES.md)."""
+"""Named settings, chosen by measuring speed against fidelity (benchmarks/NOTES.md)."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class AgentAttnProcessor:
         self._own, attn.processor, self.agents = attn.processor, self, agents
 
     def give_back(self, attn: Any) -> None:
-        """Put the layer's own processor back where a call was taken over and did not come."""
+        """Put the layer's own processor back, if it is taken over, and forget the agents."""
         if attn.processor is self:
             attn.processor = self._own
         self._own = self.agents = None

@@ -146,9 +146,8 @@ def test_a_cell_needs_a_processor_that_can_sample_and_the_report_says_so():
 
 def test_the_report_tells_of_the_cell():
     report = str(agentsd.report(agentsd.apply_patch(make_unet(), preset="balanced")))
-    assert (
-        "1 of 4 transformer blocks patched" in report
-    )  # the others are skipped in cheap calls and whole in whole ones
+    # the others are skipped in cheap calls, and left alone in whole ones
+    assert "1 of 4 transformer blocks patched" in report
     assert "one key of each 2x2, cheap calls" in report and "64 keys and values (attention costs 25%)" in report
     assert "unchanged    skipped" in report
     sdxl = str(agentsd.report(agentsd.apply_patch(make_unet("sdxl"), preset="balanced")))
