@@ -19,6 +19,15 @@ from agentsd.skip import skipped_modules, unwrap, wrap
 MOST_LANES = 4  # calls of one step; guidance makes two or three
 
 
+def is_whole(call: int, interval: int, order: int) -> bool:
+    """Whether the ``call``-th call of a trajectory, from 0, runs the whole UNet.
+
+    Every ``interval``-th does. Where features are extrapolated the second does, too: a line takes two, and the first
+    steps are where features move fastest.
+    """
+    return call % interval == 0 or (order > 0 and call == 1)
+
+
 @dataclass
 class Lane:
     """The deep features of one of the calls that a step makes: guidance may take two, of different prompts.
@@ -27,6 +36,7 @@ class Lane:
         latest: the features of the last whole call.
         previous: those of the whole call before, where ``order`` asks for them; ``gap`` calls lie between the two.
         age: how many calls ago the latest are.
+        calls: how many there were before the present one.
     """
 
     order: int
@@ -34,9 +44,18 @@ class Lane:
     previous: Tensor | None = None
     gap: int = 0
     age: int = 0
+    calls: int = -1
+
+    def begin(self) -> None:
+        self.calls, self.age = self.calls + 1, self.age + 1
 
     def remember(self, features: Tensor) -> None:
-        self.previous = self.latest if self.order else None
+        """Take these as the latest.
+
+        No line is drawn from the first call's: it sees pure noise, and its features lie further from the next ones
+        than a line could tell (benchmarks/NOTES.md).
+        """
+        self.previous = self.latest if self.order and self.calls > 1 else None
         self.latest, self.gap, self.age = features, self.age, 0
 
     def estimate(self) -> Tensor | None:
@@ -60,7 +79,7 @@ class Reuse:
     """Decides which calls are whole, and keeps the features between them.
 
     Attributes:
-        interval: every ``interval``-th call of a lane is whole.
+        interval: every ``interval``-th call of a lane is whole; `is_whole` has the rule.
         branch: how many layers run on the way down in a cheap call; one more runs on the way up.
         order: of the extrapolation in time, 0 or 1.
         cheap: whether the present call is one.
@@ -120,8 +139,9 @@ class Reuse:
         if self._repeat == len(self.lanes):
             self.lanes.append(Lane(self.order))
         lane = self.lanes[self._repeat]
-        lane.age += 1
-        self.cheap = lane.latest is not None and lane.age < self.interval and not torch.is_grad_enabled()
+        lane.begin()
+        whole = lane.latest is None or torch.is_grad_enabled() or is_whole(lane.calls, self.interval, self.order)
+        self.cheap = not whole
         self.features = lane.estimate() if self.cheap else None
 
     def after_call(self) -> None:

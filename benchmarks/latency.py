@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.progress import Progress
 from tables import latency_table
 
+from agentsd.reuse import is_whole
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = 50
 PHASES = {"early": 901, "late": 101}  # where in the trajectory each phase is timed
@@ -81,14 +83,15 @@ class Calls:
 
     def __init__(self, method: Method, steps: int) -> None:
         early = steps if method.phases is None else round(method.phases * steps)
-        self.counts = dict.fromkeys(((phase, whole) for phase in PHASES for whole in (True, False)), 0)
-        for step in range(steps):
-            self.counts["early" if step < early else "late", step % method.interval == 0] += 1
+        whole = [is_whole(step, method.interval, method.order) for step in range(steps)]
+        self.counts = dict.fromkeys(((phase, kind) for phase in PHASES for kind in (True, False)), 0)
+        for step, kind in enumerate(whole):
+            self.counts["early" if step < early else "late", kind] += 1
+        self.until_cheap = whole[: whole.index(False) + 1] if False in whole else []
 
-    def of(self, phase: int) -> list[bool]:
-        """The kinds to time in one phase: a cheap call always follows a whole one, which may be there for it alone."""
-        cheap = self.counts[phase, False] > 0
-        return [True] * (self.counts[phase, True] > 0 or cheap) + [False] * cheap
+    def of(self, phase: str) -> list[bool]:
+        """The kinds to time in one phase: a cheap call follows whole ones, which may be there for it alone."""
+        return self.until_cheap if self.counts[phase, False] else [True] * (self.counts[phase, True] > 0)
 
     def schedule_seconds(self, seconds: dict[tuple[str, bool], float]) -> float:
         return sum(count * seconds[kind] for kind, count in self.counts.items() if count)
@@ -131,7 +134,8 @@ class Denoiser:
         return {"calls": named, "schedule": calls.schedule_seconds(seconds), "peak_mb": memory.peak_mb}
 
     def run(self, phase: str, kinds: list[bool]) -> dict[tuple[str, bool], float]:
-        return {(phase, whole): self.call(PHASES[phase] - (not whole)) for whole in kinds}
+        """Seconds of the last call of each kind."""
+        return {(phase, whole): self.call(PHASES[phase] - i) for i, whole in enumerate(kinds)}
 
 
 class WholePipeline:

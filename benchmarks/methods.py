@@ -24,7 +24,7 @@ class Method:
 
     Attributes:
         apply: takes the pipeline, returns how to undo it.
-        interval: one denoiser call in this many is whole, where deep features are reused.
+        interval, order: of the reuse of deep features, which say what denoiser calls are whole.
         phases: share of the steps after which calls cost something else; None where they never do.
         ratio: share of the tokens merged, for the table; None where none is.
         settings: all of them, by which images of before are known to be of the same method.
@@ -32,6 +32,7 @@ class Method:
 
     apply: Callable[[Any], Undo]
     interval: int = 1
+    order: int = 0
     phases: float | None = None
     ratio: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +51,7 @@ def agent(**given: Any) -> Method:
     return Method(
         apply,
         settings.cache_interval,
+        settings.cache_order,
         None if alike else settings.agent_steps,
         None if settings.sample_kv else settings.ratio or None,
         asdict(settings),
@@ -89,10 +91,10 @@ def together(first: Method, second: Method) -> Method:
 
     return Method(
         apply,
-        max(first.interval, second.interval),
-        first.phases or second.phases,
-        first.ratio or second.ratio,
-        {**first.settings, **second.settings},
+        interval=max(first.interval, second.interval),
+        phases=first.phases or second.phases,
+        ratio=first.ratio or second.ratio,
+        settings={**first.settings, **second.settings},
     )
 
 

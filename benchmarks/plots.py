@@ -29,6 +29,10 @@ def svg(figure: Figure) -> str:
     return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.S)
 
 
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
 def colour(method: str) -> str:
     if "agentsd" not in method:
         return "tab:blue"
@@ -82,27 +86,26 @@ def fronts(results: list[Result]) -> dict[str, str]:
             for metric in METRICS:
                 patched = [name for *_, name in front_points(latency, quality, metric) if name != "unpatched"]
                 if len(patched) >= LEAST_POINTS:
-                    name = f"{settings['model']}-{settings['size']}-{settings['dtype']}-{steps}-steps-{metric}"
-                    found[re.sub(r"[^a-z0-9]+", "-", f"front-{name}".lower())] = front(latency, quality, metric)
+                    found[slug(f"front {title(latency)} {steps} steps {metric}")] = front(latency, quality, metric)
     return found
 
 
 def series(results: list[Result]) -> dict[str, list[Result]]:
-    """The uncompiled latency results of one model, data type, batch and schedule that has several sizes, by size."""
+    """Latency results that differ in size alone and have several, by size. Compiled ones and whole images are none."""
     found: dict[str, list[Result]] = defaultdict(list)
     for result in (r for r in results if r["kind"] == "latency"):
         settings = result["settings"]
         if not settings["compile"] and not settings.get("pipeline") and not settings["ratios"]:
-            schedule = f"batch-{settings['batch']}-{settings['steps']}-steps"
-            found[f"{settings['model']}-{settings['dtype']}-{schedule}"].append(result)
+            case = title(result).replace(f", {settings['size']} px", "")
+            found[f"{case}, {settings['steps']} steps"].append(result)
     return {
-        name: sorted(group, key=lambda r: r["settings"]["size"])
-        for name, group in found.items()
+        case: sorted(group, key=lambda r: r["settings"]["size"])
+        for case, group in found.items()
         if len(group) >= LEAST_SIZES
     }
 
 
-def growth(group: list[Result]) -> str:
+def growth(case: str, group: list[Result]) -> str:
     """Seconds of a schedule, and the speed-up, against the tokens of the latents. Below 1 a method costs time."""
     figure, (seconds, speedup) = plt.subplots(1, 2, figsize=(12, 4.8))
     methods: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
@@ -120,7 +123,7 @@ def growth(group: list[Result]) -> str:
     speedup.set(ylabel="speed-up")
     speedup.axhline(1, color="gray", linewidth=0.8)
     speedup.legend(fontsize=7)
-    figure.suptitle(title(group[0]).split(",")[0] + ": " + title(group[0]).split("px, ")[1], fontsize=9)
+    figure.suptitle(case, fontsize=9)
     return svg(figure)
 
 
@@ -132,4 +135,5 @@ def _logarithmic(*figures: Axes) -> None:
 
 def plots(results: list[Result]) -> dict[str, str]:
     """Every plot, by name."""
-    return {**{f"growth-{name}": growth(group) for name, group in series(results).items()}, **fronts(results)}
+    growths = {slug(f"growth {case}"): growth(case, group) for case, group in series(results).items()}
+    return {**growths, **fronts(results)}

@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -88,37 +89,34 @@ def save(image: Any, path: Path) -> None:
     part.replace(path)
 
 
-def generate(
-    pipe: Any, method: Method, prompts: list[str], folder: Path, args: argparse.Namespace, advance: Any
-) -> None:
+def generate(pipe: Any, method: Method, prompts: list[str], folder: Path, args: argparse.Namespace, show: Any) -> None:
     """The images of one method that are not there yet: this process's share of them.
 
     Batches are always the same ones, since the sums of a batch depend on its size in the last bit: where a stop left
-    one half done, it is drawn again, and what is lacking of it is saved.
+    one half done, it is drawn again, and what is lacking of it is saved. ``show`` is told how many images there are,
+    those of all processes.
     """
-    path = lambda i: folder / f"{i:05d}.png"
+    state, path = PartialState(), lambda i: folder / f"{i:05d}.png"
     batches = [range(len(prompts))[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
+    missing = [indices for indices in batches if not all(path(i).exists() for i in indices)]
+    state.wait_for_everyone()  # nobody draws before all have seen what is missing
     undo = method.apply(pipe)
     try:
-        with PartialState().split_between_processes(batches) as share:
-            for indices in share:
-                if all(path(i).exists() for i in indices):
-                    advance(len(indices))
-                    continue
-                generators = [torch.Generator().manual_seed(i) for i in indices]
-                images = pipe(
-                    [prompts[i] for i in indices],
-                    num_inference_steps=args.steps,
-                    guidance_scale=args.guidance,
-                    generator=generators,
-                ).images
-                for i, image in zip(indices, images, strict=True):
-                    if not path(i).exists():
-                        save(image, path(i))
-                advance(len(indices))
+        for indices in missing[state.process_index :: state.num_processes]:
+            generators = [torch.Generator().manual_seed(i) for i in indices]
+            images = pipe(
+                [prompts[i] for i in indices],
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance,
+                generator=generators,
+            ).images
+            for i, image in zip(indices, images, strict=True):
+                if not path(i).exists():
+                    save(image, path(i))
+            show(len(list(folder.glob("*.png"))))
     finally:
         undo()
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
 
 
 def real_images(args: argparse.Namespace) -> Path | None:
@@ -141,14 +139,15 @@ def measure(args: argparse.Namespace, methods: dict[str, Method], prompts: list[
     unpatched, real = folder_of(args, "unpatched"), real_images(args)
     notes = [] if real else ["no real images: the distances are those to the unpatched images"]
     rows = []
-    for name, method in methods.items():
-        folder = folder_of(args, name)
-        values = against_unpatched(folder, unpatched)
-        if real or name != "unpatched":
-            values |= fidelity(folder, real or unpatched, args.extractor)
-        more, missing = learned(folder, unpatched, prompts, args.clip)
-        notes += [line for line in missing if line not in notes]
-        rows.append({"method": name, "ratio": method.ratio, "metrics": values | more})
+    with tempfile.TemporaryDirectory() as features:
+        for name, method in methods.items():
+            folder = folder_of(args, name)
+            values = against_unpatched(folder, unpatched)
+            if real or name != "unpatched":
+                values |= fidelity(folder, real or unpatched, args.extractor, features)
+            more, missing = learned(folder, unpatched, prompts, args.clip)
+            notes += [line for line in missing if line not in notes]
+            rows.append({"method": name, "ratio": method.ratio, "metrics": values | more})
     return {"rows": rows, "notes": notes}
 
 
@@ -172,8 +171,10 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not state.is_main_process) as progress:
         for name, method in methods.items():
-            task = progress.add_task(name, total=args.images)
-            generate(pipe, method, prompts, folder_of(args, name), args, lambda n, t=task: progress.advance(t, n))
+            there = len(list(folder_of(args, name).glob("*.png")))
+            task = progress.add_task(name, total=args.images, completed=there)
+            show = lambda images, task=task: progress.update(task, completed=images)
+            generate(pipe, method, prompts, folder_of(args, name), args, show)
     if state.is_main_process:
         settings: dict[str, Any] = {key: str(value).replace(f"{ROOT}/", "") for key, value in vars(args).items()}
         settings["processes"] = state.num_processes

@@ -113,6 +113,8 @@ def main() -> None:
         parser.error(f"--results {args.results}: there is no JSON file; run latency.py or quality.py first")
     drawn, folder = plots(results), args.results / "plots"
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
     for name, text in drawn.items():
         (folder / f"{name}.svg").write_text(text)
     (args.results / "README.md").write_text(page(results, drawn))

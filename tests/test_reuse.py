@@ -6,7 +6,7 @@ from conftest import image, make_img2img, make_pipeline, make_scheduler, make_un
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import agentsd
-from agentsd.reuse import Lane, Reuse
+from agentsd.reuse import Lane, Reuse, is_whole
 from agentsd.skip import skipped_modules
 
 ONLY_REUSE = {"ratio": 0, "cache_interval": 3}
@@ -20,13 +20,15 @@ def whole_calls(unet) -> list[bool]:
     return calls
 
 
-def test_every_third_call_is_whole_and_every_image_starts_with_one(kind):
-    pipe = agentsd.apply_patch(make_pipeline(kind), **ONLY_REUSE)
+@pytest.mark.parametrize(("order", "whole"), [(0, {0, 3, 6}), (1, {0, 1, 3, 6})])
+def test_every_third_call_is_whole_and_every_image_starts_with_one(kind, order, whole):
+    """Extrapolation takes two whole calls, and the second comes as soon as it can."""
+    pipe = agentsd.apply_patch(make_pipeline(kind), **ONLY_REUSE, cache_order=order)
     calls = whole_calls(pipe.unet)
-    first = image(pipe, steps=7)
-    assert calls == [True, False, False] * 2 + [True]
-    assert torch.equal(image(pipe, steps=7), first)
-    assert calls[7:] == calls[:7]
+    first = image(pipe, steps=8)
+    assert {call for call, ran in enumerate(calls) if ran} == whole
+    assert torch.equal(image(pipe, steps=8), first)
+    assert calls[8:] == calls[:8]
 
 
 def test_removal_gives_the_pipeline_back(kind):
@@ -203,14 +205,14 @@ def test_controlnet_residuals_are_added():
         assert unet(**{**inputs, "timestep": timestep}).sample.isfinite().all()
 
 
-def test_a_line_is_extrapolated_exactly():
-    lane = Lane(order=1)
-    for call in range(7):
-        lane.age += 1
-        if call % 3 == 0:
-            lane.remember(torch.tensor([1.0, 2.0]) * call)
-        elif call > 3:
-            torch.testing.assert_close(lane.estimate(), torch.tensor([1.0, 2.0]) * call)
+def test_a_line_is_extrapolated_exactly_but_none_is_drawn_from_the_first_call():
+    lane, at = Lane(order=1), lambda call: torch.tensor([1.0, 2.0]) * call
+    for call in range(12):
+        lane.begin()
+        if is_whole(call, 3, lane.order):
+            lane.remember(at(call))
+        else:
+            torch.testing.assert_close(lane.estimate(), at(call if call > 2 else 1))
 
 
 def test_memory_is_stated():

@@ -219,6 +219,24 @@ def test_the_front_is_what_no_other_point_passes():
     assert [name for *_, name in pareto(points, -1)] == ["fast"]
 
 
+def test_results_of_other_machines_are_other_plots():
+    from plots import plots  # noqa: PLC0415
+
+    def result(size: int, **other: object) -> dict:
+        settings = {"model": "sd15", "size": size, "dtype": "float32", "batch": 2, "steps": 50, "ratios": []}
+        hardware = {"cpu": "A", "cores": 2, "instructions": "AVX2"}
+        return {
+            "kind": "latency",
+            "settings": {**settings, "compile": False, "batch": other.pop("batch", 2)},
+            "hardware": {**hardware, **other},
+            "rows": [{"method": "unpatched", "schedule": 1.0 * size, "speedup": 1.0}],
+        }
+
+    everywhere = [{}, {"cpu": "B"}, {"gpu": "C"}, {"batch": 1}]
+    results = [result(size, **other) for other in everywhere for size in (256, 512, 768)]
+    assert len(plots(results)) == len(everywhere)
+
+
 def test_whole_pipelines(tmp_path):
     out = tmp_path / "latency.json"
     small = ["--model", DEMO_MODEL, "--size", "128", "--dtype", "float32", "--rounds", "1", "--steps", "2"]
