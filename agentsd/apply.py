@@ -76,8 +76,8 @@ def apply_patch(
         cache_interval: run the whole UNet in every ``cache_interval``-th denoiser call, and in the others its
             outermost layers alone, with the deep features from before. 1 is off. Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
-        cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls. For that
-            the second call of a trajectory is whole, too.
+        cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls,
+            for which the second call of a trajectory is whole, too.
         cache_cell: in cheap calls, let every token attend to one token of each ``cache_cell`` x ``cache_cell`` cell
             alone, as with ``sample_kv``. Their errors average out, where those of whole calls are carried on. 1 leaves
             cheap calls to what the schedule says.

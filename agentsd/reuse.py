@@ -52,8 +52,8 @@ class Lane:
     def remember(self, features: Tensor) -> None:
         """Take these as the latest.
 
-        No line is drawn from the first call's: it sees pure noise, and its features lie further from the next ones
-        than a line could tell (benchmarks/NOTES.md).
+        No line is drawn from the first call's: features move too fast there for a line to tell where they are heading
+        (benchmarks/NOTES.md).
         """
         self.previous = self.latest if self.order and self.calls > 1 else None
         self.latest, self.gap, self.age = features, self.age, 0
@@ -84,7 +84,7 @@ class Reuse:
         order: of the extrapolation in time, 0 or 1.
         cheap: whether the present call is one.
         features: what the deep layers gave in this call, or are taken to give.
-        blanks: by the name of a skipped module, its output as shapes without memory.
+        blanks: by the name of a skipped module, its output as shapes without memory; None before the first call.
         lanes: the features of each of the calls that a step makes.
         attached: False once undone: somebody else's wrap may keep ours in place, which then does nothing.
     """
@@ -104,6 +104,7 @@ class Reuse:
     def attach(self, unet: nn.Module) -> None:
         """Let the deep layers of ``unet`` be skipped; `detach` undoes it. Raises ValueError as `skipped_modules`."""
         *unread, last = skipped_modules(unet, self.branch)
+        self.blanks = dict.fromkeys((*unread, last))  # all keys now: graphs are guarded by which there are
         for name in unread:
             wrap(unet.get_submodule(name), _blank_if_cheap, self, name)
         wrap(unet.get_submodule(last), _features_if_cheap, self, last)
@@ -119,7 +120,6 @@ class Reuse:
     def forget(self) -> None:
         self.cheap, self.features = False, None
         self.lanes.clear()
-        self.blanks.clear()
 
     def before_call(self, trajectory: Any, call: int) -> None:
         """Decide on the ``call``-th call of a trajectory, which several calls in a row may claim to be.
@@ -140,7 +140,8 @@ class Reuse:
             self.lanes.append(Lane(self.order))
         lane = self.lanes[self._repeat]
         lane.begin()
-        whole = lane.latest is None or torch.is_grad_enabled() or is_whole(lane.calls, self.interval, self.order)
+        overdue = lane.latest is None or lane.age >= self.interval  # too old where a whole call failed
+        whole = overdue or torch.is_grad_enabled() or is_whole(lane.calls, self.interval, self.order)
         self.cheap = not whole
         self.features = lane.estimate() if self.cheap else None
 

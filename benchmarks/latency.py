@@ -26,16 +26,13 @@ from architectures import ARCHITECTURES, flops, load_unet, random_inputs
 from card import card, write_json
 from diffusers import DiffusionPipeline
 from measure import PeakMemory, breakdown
-from methods import Method, chosen
+from methods import PHASES, Calls, Method, chosen
 from rich.console import Console
 from rich.progress import Progress
-from tables import latency_table
-
-from agentsd.reuse import is_whole
+from tables import latency_table, profile_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = 50
-PHASES = {"early": 901, "late": 101}  # where in the trajectory each phase is timed
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,25 +75,6 @@ def out_of(args: argparse.Namespace) -> Path:
     return args.out or Path(__file__).with_name("results") / name
 
 
-class Calls:
-    """The kinds of call that a method's schedule has, and how often."""
-
-    def __init__(self, method: Method, steps: int) -> None:
-        early = steps if method.phases is None else round(method.phases * steps)
-        whole = [is_whole(step, method.interval, method.order) for step in range(steps)]
-        self.counts = dict.fromkeys(((phase, kind) for phase in PHASES for kind in (True, False)), 0)
-        for step, kind in enumerate(whole):
-            self.counts["early" if step < early else "late", kind] += 1
-        self.until_cheap = whole[: whole.index(False) + 1] if False in whole else []
-
-    def of(self, phase: str) -> list[bool]:
-        """The kinds to time in one phase: a cheap call follows whole ones, which may be there for it alone."""
-        return self.until_cheap if self.counts[phase, False] else [True] * (self.counts[phase, True] > 0)
-
-    def schedule_seconds(self, seconds: dict[tuple[str, bool], float]) -> float:
-        return sum(count * seconds[kind] for kind, count in self.counts.items() if count)
-
-
 class Denoiser:
     """Times single UNet calls."""
 
@@ -107,6 +85,7 @@ class Denoiser:
         self.sample, self.text = (self.extra.pop(name) for name in ("sample", "encoder_hidden_states"))
         if args.compile:
             self.unet.compile()
+        self.spent = 0.0  # seconds, in all calls
         # methods that follow a pipeline's scheduler find a schedule that holds the calls to be timed
         timesteps = [start - i for start in PHASES.values() for i in range(12)]
         self.scheduler = SimpleNamespace(timesteps=torch.tensor(timesteps), order=1)
@@ -116,26 +95,31 @@ class Denoiser:
         start = time.perf_counter()
         output = self.unet(self.sample, torch.tensor(timestep), self.text, **self.extra).sample
         output.float().mean().item()  # reading a value waits for the device
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.spent += seconds
+        return seconds
 
     def round(self, method: Method) -> dict[str, Any]:
-        calls, seconds = Calls(method, self.args.steps), {}
+        calls, seconds = Calls(method, self.args.steps), dict[str, float]()
         with PeakMemory(self.args.device) as memory:
             for phase in PHASES:
                 undo = method.apply(self)
                 try:
                     if self.args.compile:
                         self.run(phase, calls.of(phase))
-                    seconds |= self.run(phase, calls.of(phase))
+                    seconds |= self.run(phase, calls.of(phase))  # of each kind, the last
                 finally:
                     undo()
-        name = lambda phase, whole: f"{phase} {'whole' if whole else 'cheap'}"
-        named = {name(*kind): value for kind, value in seconds.items()}
-        return {"calls": named, "schedule": calls.schedule_seconds(seconds), "peak_mb": memory.peak_mb}
+        return {"calls": seconds, "schedule": calls.schedule(seconds), "peak_mb": memory.peak_mb}
 
-    def run(self, phase: str, kinds: list[bool]) -> dict[tuple[str, bool], float]:
-        """Seconds of the last call of each kind."""
-        return {(phase, whole): self.call(PHASES[phase] - i) for i, whole in enumerate(kinds)}
+    def run(self, phase: str, names: list[str]) -> dict[str, float]:
+        return {name: self.call(PHASES[phase] - i) for i, name in enumerate(names)}
+
+    def all_seconds(self, method: Method) -> float:
+        """Seconds of all the calls of a round, those that are there for others to follow among them."""
+        before = self.spent
+        self.round(method)
+        return self.spent - before
 
 
 class WholePipeline:
@@ -201,7 +185,7 @@ def measure(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, A
     }
     if args.profile:
         result["profile"] = {
-            name: breakdown(lambda m=method: bench.round(m), bench.unet) for name, method in methods.items()
+            name: breakdown(lambda m=method: bench.all_seconds(m), bench.unet) for name, method in methods.items()
         }
     return result
 
@@ -215,6 +199,8 @@ def main() -> None:
             result, out = measure(one, methods), out_of(one)
             write_json(out, result)
             Console().print(latency_table(result))
+            if "profile" in result:
+                Console().print(profile_table(result))
             print(f"-> {out}")
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -5,6 +5,7 @@ Each returns how to undo it. A further peer is one function more, and one line i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 
 import agentsd
 from agentsd.config import Settings
+from agentsd.reuse import is_whole
 from agentsd.sites import find_sites
 
 Undo = Callable[[], Any]
+PHASES = {"early": 901, "late": 101}  # timesteps at which the calls of each phase are timed
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,26 @@ class Method:
     phases: float | None = None
     ratio: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Calls:
+    """The kinds of call that a method's schedule of ``steps`` steps has, by name, and how often."""
+
+    def __init__(self, method: Method, steps: int) -> None:
+        early = steps if method.phases is None else round(method.phases * steps)
+        kinds = ["whole" if is_whole(i, method.interval, method.order) else "cheap" for i in range(steps)]
+        self.counts = Counter(f"{'early' if i < early else 'late'} {kind}" for i, kind in enumerate(kinds))
+        self._until_cheap = kinds[: kinds.index("cheap") + 1] if "cheap" in kinds else []
+
+    def of(self, phase: str) -> list[str]:
+        """What to call to time one phase. A cheap call follows whole ones, which may be there for it alone."""
+        if f"{phase} cheap" in self.counts:
+            return [f"{phase} {kind}" for kind in self._until_cheap]
+        return [name for name in (f"{phase} whole",) if name in self.counts]
+
+    def schedule(self, seconds: dict[str, float]) -> float:
+        """Seconds of the schedule, from those of a call of each kind."""
+        return sum(count * seconds[name] for name, count in self.counts.items())
 
 
 def agent(**given: Any) -> Method:
@@ -92,6 +115,7 @@ def together(first: Method, second: Method) -> Method:
     return Method(
         apply,
         interval=max(first.interval, second.interval),
+        order=max(first.order, second.order),
         phases=first.phases or second.phases,
         ratio=first.ratio or second.ratio,
         settings={**first.settings, **second.settings},

@@ -8,7 +8,8 @@ from collections import defaultdict
 from typing import Any
 
 import matplotlib as mpl
-from tables import title
+from methods import METHODS
+from tables import speedup, title
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -46,12 +47,14 @@ def pareto(points: list[tuple[float, float, str]], sign: int) -> list[tuple[floa
 
 
 def front_points(latency: Result, quality: Result, metric: str) -> list[tuple[float, float, str]]:
-    """Speed-up, quality and name of every method that has both."""
-    speed = {row["method"]: row["speedup"] for row in latency["rows"]}
+    """Speed-up in the steps of the quality, that quality, and name of every method that has both."""
+    timed = {row["method"] for row in latency["rows"]}
+    steps = int(quality["settings"]["steps"])
     return [
-        (speed[row["method"]], row["metrics"][metric], row["method"])
+        (speedup(latency, row["method"], steps), row["metrics"][metric], row["method"])
         for row in quality["rows"]
-        if row["method"] in speed
+        if row["method"] in timed
+        and row["method"] in METHODS
         and metric in row["metrics"]
         and (row["method"] != "unpatched" or metric != "PSNR, dB")
     ]
@@ -68,7 +71,7 @@ def front(latency: Result, quality: Result, metric: str) -> str:
         axes.annotate(name, (x, y), fontsize=7, xytext=(5, 3), textcoords="offset points")
     of = quality["settings"]
     axes.set(
-        xlabel=f"speed-up, {latency['settings']['steps']} steps: {title(latency)}",
+        xlabel=f"speed-up, {of['steps']} steps: {title(latency)}",
         ylabel=f"{metric}: demo model, {of['images']} images, {of['steps']} steps",
     )
     axes.margins(x=0.15)
@@ -81,7 +84,7 @@ def fronts(results: list[Result]) -> dict[str, str]:
     for quality in (r for r in results if r["kind"] == "quality"):
         for latency in (r for r in results if r["kind"] == "latency"):
             settings, steps = latency["settings"], quality["settings"]["steps"]
-            if settings["steps"] < int(steps):  # of another kind of schedule
+            if settings["steps"] < int(steps) or settings["ratios"] or settings.get("pipeline"):  # of another kind
                 continue
             for metric in METRICS:
                 patched = [name for *_, name in front_points(latency, quality, metric) if name != "unpatched"]

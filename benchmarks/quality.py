@@ -59,6 +59,8 @@ def parse_args() -> argparse.Namespace:
     for name in ("real", "emoji"):
         if getattr(args, name) is not None and not getattr(args, name).is_dir():
             parser.error(f"--{name} {getattr(args, name)}: there is no such folder")
+    if args.real and not any(args.real.glob("*.png")):
+        parser.error(f"--real {args.real}: there is no PNG file right in this folder, and only such are read")
     return args
 
 
@@ -100,23 +102,25 @@ def generate(pipe: Any, method: Method, prompts: list[str], folder: Path, args: 
     batches = [range(len(prompts))[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
     missing = [indices for indices in batches if not all(path(i).exists() for i in indices)]
     state.wait_for_everyone()  # nobody draws before all have seen what is missing
-    undo = method.apply(pipe)
-    try:
-        for indices in missing[state.process_index :: state.num_processes]:
-            generators = [torch.Generator().manual_seed(i) for i in indices]
+    for indices in missing[state.process_index :: state.num_processes]:
+        # a batch knows nothing of those before it: tomesd draws from where it left off, since it was applied
+        torch.manual_seed(indices[0])
+        undo = method.apply(pipe)
+        try:
             images = pipe(
                 [prompts[i] for i in indices],
                 num_inference_steps=args.steps,
                 guidance_scale=args.guidance,
-                generator=generators,
+                generator=[torch.Generator().manual_seed(i) for i in indices],
             ).images
-            for i, image in zip(indices, images, strict=True):
-                if not path(i).exists():
-                    save(image, path(i))
-            show(len(list(folder.glob("*.png"))))
-    finally:
-        undo()
+        finally:
+            undo()
+        for i, image in zip(indices, images, strict=True):
+            if not path(i).exists():
+                save(image, path(i))
+        show(len(list(folder.glob("*.png"))))
     state.wait_for_everyone()
+    show(len(list(folder.glob("*.png"))))
 
 
 def real_images(args: argparse.Namespace) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tables import latency_rows, markdown, title
+from tables import latency_rows, markdown, speedup, title
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -18,13 +18,14 @@ def table() -> str:
     speed = json.loads((RESULTS / "latency-sd15-512-float32.json").read_text())
     quality = json.loads((RESULTS / "quality-demo.json").read_text())
     metrics = {row["method"]: row["metrics"] for row in quality["rows"]}
+    images, steps = quality["settings"]["images"], int(quality["settings"]["steps"])
     heading, *rows = latency_rows(speed)
-    shown = [(heading[0], *heading[-2:], *METRICS)]
-    for name, *_, seconds, speedup in rows:
+    shown = [(heading[0], *heading[-2:], f"in {steps} steps", *METRICS)]
+    for name, *_, seconds, ratio in rows:
         if name in metrics:
             psnr, distance = (metrics[name][metric] for metric in METRICS)
-            shown.append((name, seconds, speedup, f"{psnr:.1f}" if psnr < 100 else "", f"{distance:.1f}"))
-    images, steps = quality["settings"]["images"], quality["settings"]["steps"]
+            values = (f"{speedup(speed, name, steps):.2f}x", f"{psnr:.1f}" if psnr < 100 else "", f"{distance:.1f}")
+            shown.append((name, seconds, ratio, *values))
     return (
         f"Speed: {title(speed)}, random weights. Quality: demo model, {images} images, {steps} steps; PSNR to the "
         f"unpatched images, Frechet distance to real ones over EfficientNet-Lite0. All measured here:\n\n"

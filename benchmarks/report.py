@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plots import plots
-from tables import latency_rows, markdown, quality_rows, title
+from tables import latency_rows, markdown, profile_rows, quality_rows, title
 
 RESULTS = Path(__file__).with_name("results")
 INTRODUCTION = """# Results
@@ -62,14 +62,6 @@ def versions(result: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
 
 
-def profile_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    kinds = list(dict.fromkeys(kind for shares in result["profile"].values() for kind in shares if kind != "seconds"))
-    rows: list[tuple[str, ...]] = [("method", *kinds)]
-    for name, shares in result["profile"].items():
-        rows.append((name, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds)))
-    return rows
-
-
 def sliders(folder: Path, count: int = 3) -> str:
     """Unpatched and patched on top of each other, for the first images of each method."""
     parts = []
@@ -113,7 +105,7 @@ def main() -> None:
         parser.error(f"--results {args.results}: there is no JSON file; run latency.py or quality.py first")
     drawn, folder = plots(results), args.results / "plots"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.svg"):
+    for old in (*folder.glob("growth-*.svg"), *folder.glob("front-*.svg")):
         old.unlink()
     for name, text in drawn.items():
         (folder / f"{name}.svg").write_text(text)

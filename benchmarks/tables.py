@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
+from methods import METHODS, Calls
 from rich.table import Table
 
 Rows = list[tuple[str, ...]]
@@ -45,6 +47,21 @@ def quality_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def profile_rows(result: dict[str, Any]) -> Rows:
+    kinds = list(dict.fromkeys(kind for shares in result["profile"].values() for kind in shares if kind != "seconds"))
+    rows: Rows = [("method", *kinds)]
+    for name, shares in result["profile"].items():
+        rows.append((name, *(f"{shares[kind]:.1%}" if kind in shares else "" for kind in kinds)))
+    return rows
+
+
+def speedup(latency: dict[str, Any], method: str, steps: int) -> float:
+    """That of a schedule of ``steps`` steps, put together from the calls that were timed: median over the rounds."""
+    rounds = {row["method"]: row["rounds"] for row in latency["rows"]}
+    seconds = lambda name: [Calls(METHODS[name], steps).schedule(round["calls"]) for round in rounds[name]]
+    return statistics.median(a / b for a, b in zip(seconds("unpatched"), seconds(method), strict=True))
+
+
 def title(result: dict[str, Any]) -> str:
     settings, hardware = result["settings"], result["hardware"]
     where = hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']} ({hardware['instructions']})"
@@ -66,6 +83,10 @@ def rich_table(result: dict[str, Any], rows: Rows) -> Table:
 
 def latency_table(result: dict[str, Any]) -> Table:
     return rich_table(result, latency_rows(result))
+
+
+def profile_table(result: dict[str, Any]) -> Table:
+    return rich_table(result, profile_rows(result))
 
 
 def quality_table(result: dict[str, Any]) -> Table:

@@ -22,7 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import agentsd
+from agentsd.reuse import is_whole
 
+SCHEDULE = 50  # steps of the preset's schedule
 DEMO_MODEL = Path(__file__).with_name("demo_model")
 DEMO_PROMPTS = [
     "red apple on a blue background",
@@ -117,6 +119,8 @@ def time_real_size(ratio: float, device: str, seconds: float = 45.0) -> None:
     sample, text = (torch.randn(1, *shape).to(like) for shape in ((4, 64, 64), (77, 768)))
     variants = {"unpatched": None, "agent step": {"agent_steps": 1.0}, "merging step": {"agent_steps": 0.0}}
     variants["preset"] = {"preset": "fast"}
+    preset = agentsd.PRESETS["fast"]
+    kinds = [is_whole(i, preset["cache_interval"], preset["cache_order"]) for i in range(SCHEDULE)]
     times: dict[str, list[float]] = {name: [] for name in [*variants, "preset, cheap"]}
     began = time.perf_counter()
 
@@ -132,12 +136,12 @@ def time_real_size(ratio: float, device: str, seconds: float = 45.0) -> None:
                 if settings is not None:
                     agentsd.apply_patch(unet, **({"ratio": ratio} if "preset" not in settings else {}), **settings)
                 call(name, 500)
-                if name == "preset":
-                    call("preset, cheap", 499)  # the next step takes the deep features of the last
+                if name == "preset":  # go on to the first step that takes the deep features of those before
+                    for i in range(1, kinds.index(False) + 1):
+                        call("preset" if kinds[i] else "preset, cheap", 500 - i)
                 agentsd.remove_patch(unet)
     plain, agent, merging, whole, cheap = (statistics.median(t[1:]) for t in times.values())  # the first warms up
-    interval = agentsd.PRESETS["fast"]["cache_interval"]
-    fast = (whole + (interval - 1) * cheap) / interval
+    fast = (kinds.count(True) * whole + kinds.count(False) * cheap) / len(kinds)
     print(
         f"\nStable Diffusion 1.5's UNet, random weights, 512x512, batch 1, {str(unet.dtype)[6:]}, {device}, ratio "
         f"{ratio:g}, against fused attention:\n"

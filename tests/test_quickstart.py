@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
@@ -92,6 +92,26 @@ def test_guidance_steers_the_demo_model(demo):
     for pink, blue in zip(colours["pink"], colours["blue"], strict=True):
         assert pink[0] > blue[0] + 40  # red
         assert blue[2] > pink[2] + 10  # blue
+
+
+def test_the_preset_is_timed_by_its_own_calls(monkeypatch, capsys):
+    """A call that is booked as cheap is one: of a round's six calls the last alone leaves the middle out."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import quickstart  # noqa: PLC0415
+
+    def small(device: str) -> UNet2DConditionModel:
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+        sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, **blocks, **sizes).eval()
+        unet.register_forward_pre_hook(lambda *_: calls.append(False))
+        unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: calls.__setitem__(-1, True))
+        return unet
+
+    calls: list[bool] = []
+    monkeypatch.setattr(quickstart, "real_size_unet", small)
+    quickstart.time_real_size(0.4, "cpu", seconds=0.0)
+    assert calls == [True, True, True, True, True, False] * (len(calls) // 6)
+    assert 'preset="fast"' in capsys.readouterr().out
 
 
 def test_things_have_short_names():

@@ -215,6 +215,19 @@ def test_a_line_is_extrapolated_exactly_but_none_is_drawn_from_the_first_call():
             torch.testing.assert_close(lane.estimate(), at(call if call > 2 else 1))
 
 
+def test_what_an_interrupted_whole_call_lacks_is_made_up_for():
+    """Calls go on after a whole one failed: features get no older than the interval allows."""
+    reuse = Reuse(interval=3, branch=0, order=0)
+    cheap = []
+    for call in range(9):
+        reuse.before_call("image", call)
+        cheap.append(reuse.cheap)
+        if call != 3:  # this one raises before it has features
+            reuse.features = reuse.features if reuse.cheap else torch.zeros(1)
+        reuse.after_call()
+    assert cheap == [False, True, True, False, False, True, False, True, True]
+
+
 def test_memory_is_stated():
     unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
     assert agentsd.report(unet).cache_bytes == 0

@@ -10,11 +10,12 @@ from zoo import build, runner
 
 import agentsd
 
-TIMESTEPS = (901, 801, 701, 301, 201, 101)
+TIMESTEPS = (901, 861, 821, 781, 741, 701, 301, 261, 221, 181, 141, 101)
 SETTINGS = {
     "agents": ({}, 2),
     "sampling": ({"sample_kv": True, "agent_sx": 2}, 2),
     "reuse": ({"cache_interval": 3}, 4),  # whole and cheap calls in each phase
+    "extrapolated": ({"cache_interval": 3, "cache_order": 1}, 4),
 }
 HOW = {
     "torch.compile": lambda unet: torch.compile(unet, backend="eager"),
