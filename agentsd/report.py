@@ -94,8 +94,9 @@ class Report:
                 others.setdefault(layer.note, []).append(layer.name)
         rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in others.items()]
         if self.settings.cache_interval > 1:
+            second = ", and the second," if self.settings.cache_order else ""
             rest.append(
-                f"feature reuse: one call in {self.settings.cache_interval} is whole, the others run "
+                f"feature reuse: one call in {self.settings.cache_interval}{second} is whole, the others run "
                 f"{2 * self.settings.cache_branch + 1} layers; {self.cache_bytes / 2**20:.1f} MB kept"
             )
         if self.settings.cheap is not None and "cheap" not in names:
