@@ -192,6 +192,8 @@ def measure(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, A
 
 def main() -> None:
     args = parse_args()
+    if (args.device, args.dtype) == ("cpu", "bfloat16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("note: this CPU has no instructions for bfloat16; --dtype float32 is faster here", file=sys.stderr)
     try:
         methods = chosen(args.methods, args.ratios)
         for size in args.size:

@@ -41,7 +41,7 @@ def test_latency(tmp_path):
         shares = {kind: share for kind, share in data["profile"][method].items() if kind != "seconds"}
         assert min(shares.values()) > 0 and "matching and merging" in shares  # nothing counted twice
         assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
-    assert "everything else" in result.stdout
+    assert result.stdout.count("%") > len(METHODS)  # the shares, printed
 
 
 @pytest.fixture(scope="module")
