@@ -68,6 +68,11 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     return args.folder / re.sub(r"[^a-z0-9.=]+", "-", name.lower()).strip("-")
 
 
+def count(folder: Path) -> int:
+    """How many images there are, of all processes."""
+    return len(list(folder.glob("*.png")))
+
+
 def claim(folder: Path, method: Method, args: argparse.Namespace) -> None:
     """Make the folder of a method's images.
 
@@ -79,7 +84,7 @@ def claim(folder: Path, method: Method, args: argparse.Namespace) -> None:
     made = folder / "settings.json"
     if made.exists() and json.loads(made.read_text()) != wanted:
         raise ValueError(f"{folder} holds images of other settings: give another --folder, or delete it")
-    if len(list(folder.glob("*.png"))) > args.images:
+    if count(folder) > args.images:
         raise ValueError(f"{folder} holds more than --images {args.images}: give as many, or another --folder")
     write_json(made, wanted)
 
@@ -118,9 +123,9 @@ def generate(pipe: Any, method: Method, prompts: list[str], folder: Path, args: 
         for i, image in zip(indices, images, strict=True):
             if not path(i).exists():
                 save(image, path(i))
-        show(len(list(folder.glob("*.png"))))
+        show(count(folder))
     state.wait_for_everyone()
-    show(len(list(folder.glob("*.png"))))
+    show(count(folder))
 
 
 def real_images(args: argparse.Namespace) -> Path | None:
@@ -175,7 +180,7 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not state.is_main_process) as progress:
         for name, method in methods.items():
-            there = len(list(folder_of(args, name).glob("*.png")))
+            there = count(folder_of(args, name))
             task = progress.add_task(name, total=args.images, completed=there)
             show = lambda images, task=task: progress.update(task, completed=images)
             generate(pipe, method, prompts, folder_of(args, name), args, show)
