@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_SIMILARITIES = 8  # for each number of the tokens
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -102,12 +104,17 @@ class Edges:
 def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
     """Connect each src token to the dst token of largest cosine similarity.
 
+    The (B, S, D) similarities are there in parts of at most `MOST_SIMILARITIES` numbers for each of ``x``: as many as
+    the block's MLP has in its hidden layer, so that matching never is what a large image runs out of memory for.
+
     Args:
         x: (B, N, C) tokens in raster order, the input of the transformer block before its first norm.
         partition: of the N tokens, with at least one dst; on the device of ``x``.
     """
     x = F.normalize(x, dim=-1).index_select(1, partition.order)
     dst, src = x[:, : partition.num_dst], x[:, partition.num_dst :]
-    similarity, nearest = (src @ dst.transpose(1, 2)).max(dim=-1)  # (B, S, D) -> (B, S)
+    rows = max(1, MOST_SIMILARITIES * x.shape[1] * x.shape[2] // partition.num_dst)
+    best = [(part @ dst.transpose(1, 2)).max(dim=-1) for part in torch.split(src, rows, dim=1)]  # (B, S, D) -> (B, S)
+    similarity, nearest = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
     rank = similarity.argsort(dim=-1, descending=True).argsort(dim=-1)
     return Edges(partition, nearest, rank)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from agentsd.matching import bipartite_soft_matching, partition
 
@@ -81,3 +83,27 @@ def test_samples_of_a_batch_are_matched_on_their_own():
     for b in range(3):
         alone = bipartite_soft_matching(x[b : b + 1], made).cut(30).group
         assert torch.equal(together[b] - b * 34, alone)
+
+
+def test_similarities_are_never_more_than_the_hidden_layer_of_the_mlp():
+    """And parts of them are as good as all of them: 48 x 16 for 64 tokens of 1, 2 or 64 numbers."""
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(output) if isinstance(t, torch.Tensor))
+            return output
+
+    tokens = torch.randn(2, 64, 64, generator=generator())
+    made = partition(8, 8, 2, 2)
+    for channels in (1, 2, 64):
+        x = tokens[..., :channels]
+        sizes.clear()
+        with Sizes():
+            edges = bipartite_soft_matching(x, made)
+        assert max(sizes) <= 8 * x.numel()
+        dst, src = F.normalize(x, dim=-1)[:, made.order].split((16, 48), dim=1)
+        chosen = (src * dst.gather(1, edges.nearest[..., None].expand(-1, -1, channels))).sum(-1)
+        torch.testing.assert_close(chosen, (src @ dst.mT).amax(-1))
+        assert torch.equal(edges.rank.sort(-1).values, torch.arange(48).expand(2, -1))
