@@ -77,7 +77,7 @@ def apply_patch(
             outermost layers alone, with the deep features from before. 1 is off. Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
         cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls,
-            for which the second call of a trajectory is whole, too.
+            for which the second call of a trajectory is whole, too, and the last but one.
         cache_cell: in cheap calls, let every token attend to one token of each ``cache_cell`` x ``cache_cell`` cell
             alone, as with ``sample_kv``. Their errors average out, where those of whole calls are carried on. 1 leaves
             cheap calls to what the schedule says.
@@ -132,13 +132,19 @@ def apply_patch(
     nets = controlnets_of(model) if patch_controlnet else {}
     if patch_controlnet and not nets:
         raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
+    # ControlNets run whole in every call: their residuals reach the layers that always run
+    whole = replace(settings, cache_interval=1, cache_cell=1)
+    if nets and not whole.acts:
+        warnings.warn(
+            "patch_controlnet=True changes nothing where whole calls are left alone: give a ratio.", stacklevel=3
+        )
+        nets = {}
     if settings.cache_interval > 1:
         skipped_modules(unet, settings.cache_branch)  # raises where features cannot be reused, before anything changes
     remove_patch(model)
     pipeline = model if hasattr(model, "unet") else None
     setattr(unet, ATTRIBUTE, Patch(unet, sites, settings, pipeline))
-    for net in nets.values():  # these run whole in every call: their residuals reach the layers that always run
-        whole = replace(settings, cache_interval=1, cache_cell=1)
+    for net in nets.values():
         setattr(net, ATTRIBUTE, Patch(net, find_sites(net), whole, pipeline))
     recompile(*compiled_parts_of(model))
     return model
@@ -156,11 +162,11 @@ def remove_patch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, ratio: float = 0.4, **settings: Any) -> Iterator[Model]:
-    """`apply_patch` for the length of a ``with`` block; afterwards ``model`` is as it was, patched or not."""
+def patched(model: Model, *ratio: float, **settings: Any) -> Iterator[Model]:
+    """`apply_patch`, with its arguments, for a ``with`` block; afterwards ``model`` is as it was, patched or not."""
     before = patch_of(model)
     pipeline = before.trajectory.pipeline if before is not None else None
-    apply_patch(model, ratio, **settings)
+    apply_patch(model, *ratio, **settings)
     try:
         yield model
     finally:

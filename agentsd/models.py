@@ -26,14 +26,16 @@ def unet_of(model: Any) -> nn.Module:
 
 
 def controlnets_of(model: Any) -> dict[str, nn.Module]:
-    """The ControlNets of a pipeline, by name; without what ``torch.compile`` puts around them."""
+    """The ControlNets of a pipeline, by name, each once; without what ``torch.compile`` puts around them."""
     net = getattr(model, "controlnet", None)
     net = getattr(net, "_orig_mod", net)
     if not isinstance(net, nn.Module):
         return {}
     nets = getattr(net, "nets", None)
     named = {f"controlnet.nets.{i}": n for i, n in enumerate(nets)} if nets is not None else {"controlnet": net}
-    return {name: getattr(n, "_orig_mod", n) for name, n in named.items()}
+    plain = {name: getattr(n, "_orig_mod", n) for name, n in named.items()}
+    first = {id(n): name for name, n in reversed(plain.items())}  # two images may have one net between them
+    return {name: n for name, n in plain.items() if first[id(n)] == name}
 
 
 def compiled_parts_of(model: Any) -> list[nn.Module]:

@@ -31,8 +31,11 @@ def can_use_agents(attn: Any) -> bool:
 
 
 def can_sample_kv(attn: Any) -> bool:
-    """Whether ``attn`` may take its keys and values from other rows than its queries: a fused projection cannot."""
-    return type(attn.processor) in PLAIN_PROCESSORS and not attn.fused_projections
+    """Whether ``attn`` may take its keys and values from other rows than its queries: a fused projection cannot.
+
+    The processor says which projection runs. A layer that was fused and unfused still claims to be fused.
+    """
+    return type(attn.processor) in PLAIN_PROCESSORS and type(attn.processor).__name__ != "FusedAttnProcessor2_0"
 
 
 class AgentAttnProcessor:

@@ -123,6 +123,16 @@ def test_patched_undoes_itself_also_after_an_error():
     assert anatomy(pipe.unet) == before
 
 
+@pytest.mark.parametrize("given", [(), (0.3,)])
+@pytest.mark.parametrize("settings", [{}, {"preset": "balanced"}, {"preset": "fast", "seed": 3}])
+def test_patched_takes_what_apply_patch_takes(given, settings):
+    unet = make_unet()
+    expected = agentsd.report(agentsd.apply_patch(unet, *given, **settings)).settings
+    agentsd.remove_patch(unet)
+    with agentsd.patched(unet, *given, **settings):
+        assert agentsd.report(unet).settings == expected
+
+
 def test_patched_gives_back_the_patch_that_was_there():
     pipe = make_pipeline()
     agentsd.apply_patch(pipe, ratio=0.3, seed=5, merge_mlp=True)

@@ -133,6 +133,18 @@ FEATURES = {
 }
 
 
+def test_keys_are_sampled_where_projections_are_fused_no_more():
+    pipe, run = pipe_and_run()
+    expected = agentsd.apply_patch(pipe, seed=0, sample_kv=True) and run()
+    agentsd.remove_patch(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    agentsd.apply_patch(pipe, seed=0, sample_kv=True)
+    assert "cannot sample" in str(agentsd.report(pipe))
+    pipe.unfuse_qkv_projections(vae=False)
+    assert "cannot sample" not in str(agentsd.report(pipe))
+    torch.testing.assert_close(run(), expected)
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_before_the_patch(feature):
     pipe, run = pipe_and_run()

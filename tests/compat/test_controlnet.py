@@ -27,6 +27,24 @@ def test_patched_and_removed_with_the_unet(name):
     assert not any(module._forward_pre_hooks for net in controlnets_of(pipe).values() for module in net.modules())
 
 
+def test_one_net_for_two_images():
+    pipe, run = PIPELINES["several ControlNets"]()
+    pipe.controlnet.nets[1] = pipe.controlnet.nets[0]
+    plain = run()
+    agentsd.apply_patch(pipe, seed=0, patch_controlnet=True)
+    assert not torch.equal(run(), plain)
+    agentsd.remove_patch(pipe)
+    assert torch.equal(run(), plain)
+    assert not any(module._forward_pre_hooks for module in pipe.controlnet.modules())
+
+
+def test_where_whole_calls_are_left_alone_a_controlnet_is_and_it_is_said():
+    pipe, _ = PIPELINES["ControlNet"]()
+    with pytest.warns(UserWarning, match="patch_controlnet=True changes nothing"):
+        agentsd.apply_patch(pipe, preset="balanced", patch_controlnet=True)
+    assert not any(module._forward_pre_hooks for module in pipe.controlnet.modules())
+
+
 def test_a_pipeline_without_one():
     pipe, _ = PIPELINES["text to image"]()
     with pytest.raises(ValueError, match="has no ControlNet"):
