@@ -73,7 +73,8 @@ class Patch:
             step = moment.step if settings.use_rand else None
             phase = settings.agent if moment.within_first(settings.agent_steps) else settings.merge
             if self.reuse is not None:
-                self.reuse.before_call((moment.run, sample.shape, sample.dtype, sample.device), moment.call)
+                trajectory = (moment.run, sample.shape, sample.dtype, sample.device)
+                self.reuse.before_call(trajectory, moment.call, moment.left)
                 if self.reuse.cheap and settings.cheap is not None:
                     phase = settings.cheap
         seed = torch.initial_seed() if settings.seed is None and settings.use_rand else settings.seed

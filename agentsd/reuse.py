@@ -7,6 +7,7 @@ the remembered features where the first layer that runs does.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +20,16 @@ from agentsd.skip import skipped_modules, unwrap, wrap
 MOST_LANES = 4  # calls of one step; guidance makes two or three
 
 
-def is_whole(call: int, interval: int, order: int) -> bool:
-    """Whether the ``call``-th call of a trajectory, from 0, runs the whole UNet.
+def is_whole(call: int, interval: int, order: int, left: int | None = None) -> bool:
+    """Whether the ``call``-th call of a trajectory, from 0, runs the whole UNet; ``left`` calls come after it.
 
-    Every ``interval``-th does. Where features are extrapolated the second does, too: a line takes two, and the first
-    steps are where features move fastest.
+    Every ``interval``-th does. Where features are extrapolated (``order`` 1) the second does, too, since a line takes
+    two and the first steps are where features move fastest; and the others are counted back from the last call but
+    one, which gives the image its texture (benchmarks/NOTES.md).
     """
-    return call % interval == 0 or (order > 0 and call == 1)
+    if order == 0:
+        return call % interval == 0
+    return call < 2 or (call if left is None else left - 1) % interval == 0
 
 
 @dataclass
@@ -61,13 +65,13 @@ class Lane:
     def estimate(self) -> Tensor | None:
         """The latest features, or where they are heading: the first order of a Taylor polynomial, as in TaylorSeer.
 
-        A tensor of its own: FreeU scales features in place.
+        No further ahead than the line is long. A tensor of its own: FreeU scales features in place.
         """
         if self.latest is None:
             return None
         if self.previous is None:
             return self.latest.clone()
-        return torch.lerp(self.previous, self.latest, 1 + self.age / self.gap)
+        return torch.lerp(self.previous, self.latest, 1 + min(self.age / self.gap, 1))
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +102,7 @@ class Reuse:
     lanes: list[Lane] = field(default_factory=list)
     attached: bool = False
     _trajectory: Any = None
+    _crowded: bool = False  # whether the present step made more calls than there are lanes
     _call: int = -1  # the place of the last call in its trajectory, and how many calls before it were at the same
     _repeat: int = 0
 
@@ -118,36 +123,46 @@ class Reuse:
         self.attached = False
 
     def forget(self) -> None:
-        self.cheap, self.features = False, None
+        self.cheap = self._crowded = False
+        self.features = None
         self.lanes.clear()
 
-    def before_call(self, trajectory: Any, call: int) -> None:
+    def before_call(self, trajectory: Any, call: int, left: int | None = None) -> None:
         """Decide on the ``call``-th call of a trajectory, which several calls in a row may claim to be.
 
         Args:
             trajectory: equal for all calls of one image, and for no other's.
+            left: how many calls come after this one, where that is known.
         """
         if trajectory != self._trajectory or call < self._call:
             self.forget()
             self._repeat = 0
         else:
+            if self._crowded and call > self._call:
+                warnings.warn(
+                    f"agentsd reuses no features: a step makes more than {MOST_LANES} calls of one shape, and nothing "
+                    "says which of the last step's each follows. Give their samples in fewer, larger calls.",
+                    stacklevel=2,
+                )
+                self.forget()
             self._repeat = self._repeat + 1 if call == self._call else 0
         self._trajectory, self._call = trajectory, call
         if self._repeat == MOST_LANES:  # images that nothing tells apart: of one step each, without a pipeline
             self.forget()
-            self._repeat = 0
+            self._repeat, self._crowded = 0, True
         if self._repeat == len(self.lanes):
             self.lanes.append(Lane(self.order))
         lane = self.lanes[self._repeat]
         lane.begin()
         overdue = lane.latest is None or lane.age >= self.interval  # too old where a whole call failed
-        whole = overdue or torch.is_grad_enabled() or is_whole(lane.calls, self.interval, self.order)
+        whole = overdue or torch.is_grad_enabled() or is_whole(lane.calls, self.interval, self.order, left)
         self.cheap = not whole
         self.features = lane.estimate() if self.cheap else None
 
     def after_call(self) -> None:
         if not self.cheap and self.features is not None:
-            self.lanes[self._repeat].remember(self.features)
+            # a graph of its own memory may write the next call's features where it wrote these
+            self.lanes[self._repeat].remember(self.features.clone())
         self.cheap, self.features = False, None
 
     @property

@@ -15,13 +15,15 @@ from torch import Tensor
 class Moment(NamedTuple):
     """``step`` of the trajectory's ``steps`` are behind us, and ``call`` denoiser calls: Heun makes two a step.
 
-    Guidance that takes two calls makes both at the same moment. ``run`` counts the trajectories of the scheduler.
+    Guidance that takes two calls makes both at the same moment. ``run`` counts the trajectories of the scheduler;
+    ``left`` calls of this one come after, which is None where no schedule says.
     """
 
     step: int
     steps: int
     call: int = 0
     run: int = 0
+    left: int | None = None
 
     def within_first(self, share: float) -> bool:
         """Whether this step belongs to the first ``share`` of the trajectory, rounded to whole steps."""
@@ -80,7 +82,7 @@ class Trajectory:
                 self._schedule, self._run = scheduler.timesteps, self._run + 1
             if position is not None and position < len(scheduler.timesteps):
                 step, steps = _steps(scheduler, position)
-                return Moment(step, steps, position, self._run)
+                return Moment(step, steps, position, self._run, len(scheduler.timesteps) - 1 - position)
         trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         step = max(trained - 1 - math.floor(_first(timestep)), 0)
         return Moment(step, trained, step, self._run)

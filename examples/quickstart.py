@@ -120,7 +120,7 @@ def time_real_size(ratio: float, device: str, seconds: float = 45.0) -> None:
     variants = {"unpatched": None, "agent step": {"agent_steps": 1.0}, "merging step": {"agent_steps": 0.0}}
     variants["preset"] = {"preset": "fast"}
     preset = agentsd.PRESETS["fast"]
-    kinds = [is_whole(i, preset["cache_interval"], preset["cache_order"]) for i in range(SCHEDULE)]
+    kinds = [is_whole(i, preset["cache_interval"], preset["cache_order"], SCHEDULE - 1 - i) for i in range(SCHEDULE)]
     times: dict[str, list[float]] = {name: [] for name in [*variants, "preset, cheap"]}
     began = time.perf_counter()
 

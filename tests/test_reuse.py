@@ -31,6 +31,25 @@ def test_every_third_call_is_whole_and_every_image_starts_with_one(kind, order, 
     assert calls[8:] == calls[:8]
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_whole_calls_are_counted_back_from_the_last_but_one(scheduler):
+    """Where features are extrapolated, whatever the number of steps, and as many as intervals ask for."""
+    pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), **ONLY_REUSE, cache_order=1)
+    calls = whole_calls(pipe.unet)
+    for steps in (7, 8, 9, 10):
+        calls.clear()
+        image(pipe, steps=steps)
+        assert calls[:2] == [True, True] and calls[-2::-3] == [True] * len(calls[-2::-3])
+        assert sum(calls) - len(calls[-2::-3]) <= 2
+
+
+def test_img2img_counts_back_from_the_same_call():
+    pipe = agentsd.apply_patch(make_img2img(), **ONLY_REUSE, cache_order=1)
+    calls = whole_calls(pipe.unet)
+    image(pipe, steps=20, image=torch.zeros(1, 3, 16, 16), strength=0.5)
+    assert [call for call, ran in enumerate(calls) if ran] == [0, 1, 2, 5, 8]
+
+
 def test_removal_gives_the_pipeline_back(kind):
     pipe = make_pipeline(kind)
     plain = image(pipe)
@@ -173,6 +192,18 @@ def test_without_a_pipeline_images_of_one_step_leave_a_bounded_trace():
     assert len(unet._agentsd_patch.reuse.lanes) <= 4
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_more_calls_a_step_than_can_be_told_apart_reuse_nothing(order):
+    """Six images in lockstep, one call each: none gets the features of another."""
+    unet, images = make_unet(), [{**unet_inputs(), "sample": torch.randn(2, 4, 16, 16)} for _ in range(6)]
+    steps = (900, 700, 500, 300)
+    expected = [[unet(**{**inputs, "timestep": t}).sample for inputs in images] for t in steps]
+    agentsd.apply_patch(unet, ratio=0, cache_interval=3, cache_order=order)
+    with pytest.warns(UserWarning, match="more than 4 calls"):
+        found = [[unet(**{**inputs, "timestep": t}).sample for inputs in images] for t in steps]
+    assert all(torch.equal(a, b) for row in zip(found, expected, strict=True) for a, b in zip(*row, strict=True))
+
+
 def test_what_cannot_be_reused_changes_nothing():
     """The patch from before stays, and goes without a trace."""
     pipe = make_pipeline()
@@ -213,6 +244,17 @@ def test_a_line_is_extrapolated_exactly_but_none_is_drawn_from_the_first_call():
             lane.remember(at(call))
         else:
             torch.testing.assert_close(lane.estimate(), at(call if call > 2 else 1))
+
+
+def test_no_line_is_followed_further_than_it_is_long():
+    """Two whole calls in a row say little of what comes three calls later."""
+    lane = Lane(order=1)
+    for call in range(3):
+        lane.begin()
+        lane.remember(torch.tensor([float(call)]))
+    for expected in (3, 3, 3):
+        lane.begin()
+        torch.testing.assert_close(lane.estimate(), torch.tensor([float(expected)]))
 
 
 def test_what_an_interrupted_whole_call_lacks_is_made_up_for():
