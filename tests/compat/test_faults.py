@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import make_unet, unet_inputs
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from zoo import build, picture, runner
 
 import agentsd
@@ -132,6 +132,28 @@ def test_bad_input_gives_the_error_it_gives_unpatched(settings):
             make_unet()(**inputs | change)
         with pytest.raises(type(plain.value)):
             agentsd.apply_patch(make_unet(), **settings)(**inputs | change)
+
+
+def test_a_unet_of_another_kind_is_refused():
+    """That of the latent upscaler: attention without transformer blocks."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 16),
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
+        norm_num_groups=None,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        only_cross_attention=False,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_type="fourier",
+        act_fn="gelu",
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+    )
+    for settings in ({}, {"preset": "balanced"}):
+        with pytest.raises(ValueError, match="UNet2DConditionModel has no self-attention to patch"):
+            agentsd.apply_patch(unet, **settings)
 
 
 def test_nan_latents_stay_nan(settings):

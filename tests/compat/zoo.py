@@ -141,15 +141,6 @@ def _upscale():
     return pipe, runner(pipe, image=picture(), noise_level=10)
 
 
-def _latent_upscale():
-    unet = make_unet(
-        in_channels=8, out_channels=5, time_cond_proj_dim=128 + TEXT_CHANNELS, cross_attention_dim=TEXT_CHANNELS
-    )
-    scheduler = make_scheduler(EulerDiscreteScheduler)
-    pipe = build("StableDiffusionLatentUpscalePipeline", unet, scheduler=scheduler)
-    return pipe, runner(pipe, image=picture(4, 8), output_type="latent")
-
-
 def _gligen():
     unet = make_unet(attention_type="gated")
     pipe = build("StableDiffusionGLIGENPipeline", unet)
@@ -190,7 +181,6 @@ PIPELINES = {
         build, "StableDiffusionInpaintPipeline", make_unet(in_channels=9), image=picture(), mask_image=MASK
     ),
     "upscaling x4": _upscale,
-    "latent upscaling": _latent_upscale,
     "InstructPix2Pix": lambda: simple(
         build, "StableDiffusionInstructPix2PixPipeline", make_unet(in_channels=8), image=picture()
     ),
