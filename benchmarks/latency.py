@@ -3,6 +3,8 @@
 Random weights by default: the speed is that of trained ones, and nothing is downloaded. A method's calls may cost
 differently early and late in the trajectory, and with feature reuse whole or cheap, so one call of each kind is timed
 in each round, and the schedule of ``--steps`` steps is put together from them. Ratios are taken within a round.
+Methods that differ only in how often a call is whole share the calls of a round. What is unpatched is timed at the
+beginning of a round and at its end.
 
     python benchmarks/latency.py --model sd15 --dtype bfloat16 --size 512
     python benchmarks/latency.py --model sdxl --dtype bfloat16 --size 1024 --methods "agentsd fast" --rounds 2
@@ -16,23 +18,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, flops, load_unet, random_inputs
+from architectures import ARCHITECTURES, flops
 from card import card, write_json
-from diffusers import DiffusionPipeline
-from measure import PeakMemory, breakdown
-from methods import PHASES, Calls, Method, chosen
+from methods import Method, chosen
 from rich.console import Console
 from rich.progress import Progress
 from tables import latency_table, profile_table
+from timing import DTYPES, Denoiser, Operations, Timed, WholePipeline
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = 50
+RESULTS = Path(__file__).parent.parent / "runs" / "results"
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,17 +43,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="samples a call; guidance makes two of one image")
     steps_help = "of the schedule that is put together (default: %(default)s)"
     parser.add_argument("--steps", type=int, default=STEPS, help=steps_help)
-    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="that count (default: 3)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: 1)")
     parser.add_argument("--methods", nargs="+", help="names as in methods.py (default: all)")
     parser.add_argument("--ratios", nargs="+", type=float, default=[], help="agentsd and tomesd at these, too")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet for every method")
     parser.add_argument("--profile", action="store_true", help="where a call's time goes, by kind of layer")
     parser.add_argument("--pipeline", action="store_true", help="time whole images of a model that is no architecture")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/latency-...json)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: runs/results/latency-...json)")
     args = parser.parse_args()
     for name in ("batch", "steps", "rounds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
+    if args.warmup < 0:
+        parser.error(f"--warmup {args.warmup}: give 0 or more")
     for size in args.size:
         if size < 64 or size % 64:
             parser.error(f"--size {size}: give a multiple of 64 pixels")
@@ -72,84 +74,21 @@ def out_of(args: argparse.Namespace) -> Path:
     suffix = "".join(f"-{value}" for value, usual in unusual if value != usual)
     suffix += "-compiled" * args.compile + "-pipeline" * args.pipeline
     name = f"latency-{Path(args.model).name}-{args.size}-{args.dtype}{suffix}.json"
-    return args.out or Path(__file__).with_name("results") / name
+    return args.out or RESULTS / name
 
 
-class Denoiser:
-    """Times single UNet calls."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.unet = load_unet(args.model, DTYPES[args.dtype], args.device)
-        self.extra = random_inputs(self.unet, args.batch, args.size)
-        self.sample, self.text = (self.extra.pop(name) for name in ("sample", "encoder_hidden_states"))
-        if args.compile:
-            self.unet.compile()
-        self.spent = 0.0  # seconds, in all calls
-        # methods that follow a pipeline's scheduler find a schedule that holds the calls to be timed
-        timesteps = [start - i for start in PHASES.values() for i in range(12)]
-        self.scheduler = SimpleNamespace(timesteps=torch.tensor(timesteps), order=1)
-
-    @torch.inference_mode()
-    def call(self, timestep: int) -> float:
-        start = time.perf_counter()
-        output = self.unet(self.sample, torch.tensor(timestep), self.text, **self.extra).sample
-        output.float().mean().item()  # reading a value waits for the device
-        seconds = time.perf_counter() - start
-        self.spent += seconds
-        return seconds
-
-    def round(self, method: Method) -> dict[str, Any]:
-        calls, seconds = Calls(method, self.args.steps), dict[str, float]()
-        with PeakMemory(self.args.device) as memory:
-            for phase in PHASES:
-                undo = method.apply(self)
-                try:
-                    if self.args.compile:
-                        self.run(phase, calls.of(phase))
-                    seconds |= self.run(phase, calls.of(phase))  # of each kind, the last
-                finally:
-                    undo()
-        return {"calls": seconds, "schedule": calls.schedule(seconds), "peak_mb": memory.peak_mb}
-
-    def run(self, phase: str, names: list[str]) -> dict[str, float]:
-        return {name: self.call(PHASES[phase] - i) for i, name in enumerate(names)}
-
-    def all_seconds(self, method: Method) -> float:
-        """Seconds of all the calls of a round, those that are there for others to follow among them."""
-        before = self.spent
-        self.round(method)
-        return self.spent - before
+def mean(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """A round's baseline, timed before and after all methods: a machine that slows down or speeds up favours none."""
+    calls = {kind: (seconds + last["calls"][kind]) / 2 for kind, seconds in first["calls"].items()}
+    schedule = (first["schedule"] + last["schedule"]) / 2
+    return {"calls": calls, "schedule": schedule, "peak_mb": max(first["peak_mb"], last["peak_mb"])}
 
 
-class WholePipeline:
-    """Times whole images; ``batch`` counts those of the denoiser, of which guidance makes two an image."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=DTYPES[args.dtype]).to(args.device)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.unet = self.pipe.unet
-        if args.compile:
-            self.unet.compile()
-
-    def round(self, method: Method) -> dict[str, Any]:
-        undo = method.apply(self.pipe)
-        try:
-            if self.args.compile:
-                self.image()
-            with PeakMemory(self.args.device) as memory:
-                start = time.perf_counter()
-                self.image()
-                seconds = time.perf_counter() - start
-        finally:
-            undo()
-        return {"calls": {}, "schedule": seconds, "peak_mb": memory.peak_mb}
-
-    def image(self) -> None:
-        sides = {"height": self.args.size, "width": self.args.size}
-        prompts = ["a photograph"] * max(1, self.args.batch // 2)
-        self.pipe(prompts, num_inference_steps=self.args.steps, **sides)
+def counted(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, dict[str, Any]]:
+    """By method, the operations of a call of each kind, and of the schedule. No machine is in them, and no noise."""
+    bench, shared = Operations(args), Timed()
+    rounds = {name: bench.round(method, shared) for name, method in methods.items()}
+    return {name: {"calls": found["calls"], "schedule": found["schedule"]} for name, found in rounds.items()}
 
 
 def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,12 +109,17 @@ def measure(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, A
     bench = WholePipeline(args) if args.pipeline else Denoiser(args)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     with Progress(transient=True) as progress:
-        task = progress.add_task(f"{args.size} px, interleaved rounds", total=(args.rounds + 1) * len(methods))
-        for _ in range(args.rounds + 1):
+        count = args.warmup + args.rounds
+        task = progress.add_task(f"{args.size} px, interleaved rounds", total=count * (len(methods) + 1))
+        for _ in range(count):
+            timed: Timed = {}
             for name, method in methods.items():
-                rounds[name].append(bench.round(method))
+                rounds[name].append(bench.round(method, timed))
                 progress.advance(task)
-    measured = {name: kept[1:] for name, kept in rounds.items()}  # the first round warms up
+            base = rounds["unpatched"]
+            base[-1] = mean(base[-1], bench.round(methods["unpatched"], {}))
+            progress.advance(task)
+    measured = {name: kept[args.warmup :] for name, kept in rounds.items()}
     result: dict[str, Any] = {
         "kind": "latency",
         **card(args.device),
@@ -183,10 +127,12 @@ def measure(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, A
         "flops": flops(bench.unet, args.batch, args.size),
         "rows": [summary(name, method, measured[name], measured["unpatched"]) for name, method in methods.items()],
     }
+    if not args.pipeline:
+        operations = counted(args, methods)
+        for row in result["rows"]:
+            row["operations"] = operations[row["method"]]
     if args.profile:
-        result["profile"] = {
-            name: breakdown(lambda m=method: bench.all_seconds(m), bench.unet) for name, method in methods.items()
-        }
+        result["profile"] = {name: bench.profile(method) for name, method in methods.items()}
     return result
 
 

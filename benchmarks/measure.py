@@ -21,12 +21,12 @@ class PeakMemory:
     """The most that was allocated: CUDA's allocator, or on a CPU the growth of the resident set, sampled."""
 
     def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
+        self.device, self.cuda = device, device.startswith("cuda")
         self.peak_mb = 0.0
 
     def __enter__(self) -> PeakMemory:
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.device)
             return self
         self._process, self._done = psutil.Process(os.getpid()), threading.Event()
         self._start = self._process.memory_info().rss
@@ -40,7 +40,7 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         if self.cuda:
-            self.peak_mb = torch.cuda.max_memory_allocated() / 2**20
+            self.peak_mb = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
             self._done.set()
             self._thread.join()

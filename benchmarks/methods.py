@@ -5,12 +5,14 @@ Each returns how to undo it. A further peer is one function more, and one line i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 import agentsd
 from agentsd.config import Settings
@@ -18,7 +20,7 @@ from agentsd.reuse import is_whole
 from agentsd.sites import find_sites
 
 Undo = Callable[[], Any]
-PHASES = {"early": 901, "late": 101}  # timesteps at which the calls of each phase are timed
+PHASES = ("early", "late")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,18 @@ class Method:
 
 
 class Calls:
-    """The kinds of call that a method's schedule of ``steps`` steps has, by name, and how often."""
+    """The kinds of call that a method's schedule of ``steps`` steps has, by name, and how often.
+
+    ``alike`` is equal for methods whose calls are the same and which differ only in how often one is whole.
+    """
 
     def __init__(self, method: Method, steps: int) -> None:
         early = steps if method.phases is None else round(method.phases * steps)
-        kinds = ["whole" if is_whole(i, method.interval, method.order) else "cheap" for i in range(steps)]
+        whole = [is_whole(i, method.interval, method.order, steps - 1 - i) for i in range(steps)]
+        kinds = ["whole" if ran else "cheap" for ran in whole]
         self.counts = Counter(f"{'early' if i < early else 'late'} {kind}" for i, kind in enumerate(kinds))
+        costs = method.settings | dict.fromkeys(method.settings.keys() & {"cache_interval", "DeepCache"})
+        self.alike = str((costs, method.interval > 1, sorted(self.counts)))
         self._until_cheap = kinds[: kinds.index("cheap") + 1] if "cheap" in kinds else []
 
     def of(self, phase: str) -> list[str]:
@@ -81,13 +89,18 @@ def agent(**given: Any) -> Method:
     )
 
 
+def top_level(unet: nn.Module) -> int:
+    """That of the highest resolution with self-attention: 0 in Stable Diffusion 1.x and 2.x, 1 in SDXL."""
+    return min(site.level for site in find_sites(unet) if not site.skip)
+
+
 def tome(ratio: float) -> Method:
-    """Token Merging for Stable Diffusion (tomesd on PyPI)."""
+    """Token Merging for Stable Diffusion (tomesd on PyPI), at the highest resolution with self-attention as ours."""
 
     def apply(pipe: Any) -> Undo:
         import tomesd  # noqa: PLC0415
 
-        tomesd.apply_patch(pipe.unet, ratio=ratio)
+        tomesd.apply_patch(pipe.unet, ratio=ratio, max_downsample=2 ** top_level(pipe.unet))
         return lambda: tomesd.remove_patch(pipe.unet)
 
     return Method(apply, ratio=ratio, settings={"tomesd": ratio})
@@ -124,9 +137,9 @@ def together(first: Method, second: Method) -> Method:
 
 def no_attention(pipe: Any) -> Undo:
     """No self-attention at the highest resolution at all: the limit of what a patch of it can give."""
-    sites = [site for site in find_sites(pipe.unet) if not site.skip]
-    top = min(site.level for site in sites)
-    layers = [pipe.unet.get_submodule(site.name).attn1 for site in sites if site.level == top]
+    top = top_level(pipe.unet)
+    sites = [site for site in find_sites(pipe.unet) if site.level == top and not site.skip]
+    layers = [pipe.unet.get_submodule(site.name).attn1 for site in sites]
     before = [layer.forward for layer in layers]
     for layer in layers:
         layer.forward = lambda hidden_states, **_: torch.zeros_like(hidden_states)
@@ -151,16 +164,31 @@ METHODS: dict[str, Method] = {
     "agentsd r=0.4, MLP and cross-attention merged, too": agent(merge_mlp=True, merge_crossattn=True),
     "agentsd few_steps": agent(preset="few_steps"),
     "DeepCache N=3": deepcache(3),
+    "DeepCache N=5": deepcache(5),
     "tomesd r=0.4 + DeepCache N=3": together(tome(0.4), deepcache(3)),
+    "tomesd r=0.4 + DeepCache N=5": together(tome(0.4), deepcache(5)),
     "agentsd r=0.4 + DeepCache N=3": together(agent(), deepcache(3)),
     "agentsd r=0.4, reuse N=3": agent(cache_interval=3),
     "agentsd quality": agent(preset="quality"),
     "agentsd balanced": agent(preset="balanced"),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
+    "agentsd balanced, but N=6": agent(preset="balanced", cache_interval=6),
     "agentsd fast": agent(preset="fast"),
-    "agentsd fast, but N=5": agent(preset="fast", cache_interval=5),
-    "no self-attention at the top (the limit)": Method(no_attention),
+    "agentsd fast, but N=4 and r=0.2": agent(preset="fast", cache_interval=4, ratio=0.2),
+    "agentsd fast, but N=6": agent(preset="fast", cache_interval=6),
+    "no self-attention at the top (the limit)": Method(no_attention, settings={"self-attention": False}),
 }
+
+
+def trajectory(steps: int) -> tuple[torch.Tensor, dict[str, int]]:
+    """Timesteps to time calls at, and the place among them at which each phase begins.
+
+    The late one is ``steps`` calls from the end, and the early one as many before it as every interval divides: whole
+    and cheap calls follow each other there as they do at the beginning of a trajectory of ``steps`` steps.
+    """
+    every = math.lcm(*(method.interval for method in METHODS.values()))
+    between = every * math.ceil(2 * steps / every)
+    return torch.linspace(999, 1, between + steps), dict(zip(PHASES, (0, between), strict=True))
 
 
 def chosen(names: list[str] | None, ratios: list[float]) -> dict[str, Method]:

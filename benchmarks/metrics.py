@@ -87,14 +87,18 @@ def fidelity(images: Path, reference: Path, extractor: str, features: str | None
 
 
 def against_unpatched(images: Path, unpatched: Path) -> dict[str, float]:
-    """PSNR in dB and SSIM against the image of the same prompt and seed, means over all images."""
+    """PSNR in dB and SSIM against the image of the same prompt and seed, means over all images.
+
+    The standard error is that of the mean over prompts and seeds. Methods that see the same ones differ more surely.
+    """
     psnrs, ssims = [], []
     for path in sorted(images.glob("*.png")):
         a, b = (pixels(folder / path.name) for folder in (images, unpatched))
         error = (a - b).square().mean().item()
         psnrs.append(min(-10 * np.log10(error), 100.0) if error else 100.0)
         ssims.append(structural_similarity_index_measure(a[None], b[None], data_range=1.0).item())
-    return {"PSNR, dB": float(np.mean(psnrs)), "SSIM": float(np.mean(ssims))}
+    error = np.std(psnrs) / np.sqrt(len(psnrs))
+    return {"PSNR, dB": float(np.mean(psnrs)), "its standard error": float(error), "SSIM": float(np.mean(ssims))}
 
 
 def pixels(path: Path) -> Tensor:
@@ -111,11 +115,12 @@ def learned(images: Path, unpatched: Path, prompts: list[str], clip: str | None)
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # noqa: PLC0415
 
         metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+    except Exception as error:  # a download that fails raises whatever its library likes
+        missing.append(f"LPIPS left out: its weights cannot be had ({type(error).__name__})")
+    else:
         for path in paths:
             metric.update(pixels(path)[None], pixels(unpatched / path.name)[None])
         values["LPIPS"] = float(metric.compute())
-    except Exception as error:  # a download that fails raises whatever its library likes
-        missing.append(f"LPIPS left out: its weights cannot be had ({type(error).__name__})")
     if clip is None:
         missing.append("CLIP score left out: give --clip MODEL (openai/clip-vit-base-patch16, say)")
         return values, missing

@@ -48,16 +48,15 @@ def pareto(points: list[tuple[float, float, str]], sign: int) -> list[tuple[floa
 
 def front_points(latency: Result, quality: Result, metric: str) -> list[tuple[float, float, str]]:
     """Speed-up in the steps of the quality, that quality, and name of every method that has both."""
-    timed = {row["method"] for row in latency["rows"]}
     steps = int(quality["settings"]["steps"])
-    return [
+    found = [
         (speedup(latency, row["method"], steps), row["metrics"][metric], row["method"])
         for row in quality["rows"]
-        if row["method"] in timed
-        and row["method"] in METHODS
+        if row["method"] in METHODS
         and metric in row["metrics"]
         and (row["method"] != "unpatched" or metric != "PSNR, dB")
     ]
+    return [(speed, *rest) for speed, *rest in found if speed is not None]
 
 
 def front(latency: Result, quality: Result, metric: str) -> str:

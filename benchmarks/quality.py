@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tables import quality_table
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "runs" / "results"
 LIMIT = "no self-attention at the top (the limit)"
 
 
@@ -38,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "examples" / "demo_model"), help="model id or folder")
     parser.add_argument("--images", type=int, default=64, help="of each method (default: 64)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first, its seed: for others than before")
     parser.add_argument("--prompts", default="demo", help="demo, imagenet, or a text file (default: demo)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
@@ -51,11 +53,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--clip", help="model id or folder for the CLIP score")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quality", help="of the images")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "quality-demo.json")
+    parser.add_argument("--out", type=Path, help="JSON file (default: runs/results/quality-...json)")
     args = parser.parse_args()
+    args.out = args.out or RESULTS / f"quality-{Path(args.model).name}-{args.steps}-steps.json"
     for name in ("images", "steps", "batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
+    if args.first < 0:
+        parser.error(f"--first {args.first}: give 0 or more")
     for name in ("real", "emoji"):
         if getattr(args, name) is not None and not getattr(args, name).is_dir():
             parser.error(f"--{name} {getattr(args, name)}: there is no such folder")
@@ -66,6 +71,11 @@ def parse_args() -> argparse.Namespace:
 
 def folder_of(args: argparse.Namespace, name: str) -> Path:
     return args.folder / re.sub(r"[^a-z0-9.=]+", "-", name.lower()).strip("-")
+
+
+def in_project(value: Any) -> str:
+    """As text, and a path of the project without what lies before it: the same wherever the project is."""
+    return str(value).replace(f"{ROOT}/", "")
 
 
 def count(folder: Path) -> int:
@@ -79,8 +89,8 @@ def claim(folder: Path, method: Method, args: argparse.Namespace) -> None:
     Raises:
         ValueError: it is there with images of other settings, or with more than are asked for.
     """
-    wanted = {name: getattr(args, name) for name in ("model", "prompts", "steps", "guidance", "batch")}
-    wanted["method"] = method.settings
+    wanted = {name: getattr(args, name) for name in ("prompts", "first", "steps", "guidance", "batch")}
+    wanted |= {"model": in_project(args.model), "method": method.settings}
     made = folder / "settings.json"
     if made.exists() and json.loads(made.read_text()) != wanted:
         raise ValueError(f"{folder} holds images of other settings: give another --folder, or delete it")
@@ -104,7 +114,8 @@ def generate(pipe: Any, method: Method, prompts: list[str], folder: Path, args: 
     those of all processes.
     """
     state, path = PartialState(), lambda i: folder / f"{i:05d}.png"
-    batches = [range(len(prompts))[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
+    numbers = range(args.first, args.first + args.images)
+    batches = [numbers[start : start + args.batch] for start in range(0, args.images, args.batch)]
     missing = [indices for indices in batches if not all(path(i).exists() for i in indices)]
     state.wait_for_everyone()  # nobody draws before all have seen what is missing
     for indices in missing[state.process_index :: state.num_processes]:
@@ -113,7 +124,7 @@ def generate(pipe: Any, method: Method, prompts: list[str], folder: Path, args: 
         undo = method.apply(pipe)
         try:
             images = pipe(
-                [prompts[i] for i in indices],
+                [prompts[i - args.first] for i in indices],
                 num_inference_steps=args.steps,
                 guidance_scale=args.guidance,
                 generator=[torch.Generator().manual_seed(i) for i in indices],
@@ -134,9 +145,9 @@ def real_images(args: argparse.Namespace) -> Path | None:
     from prompts import demo_scenes  # noqa: PLC0415
     from scenes import Scenes  # noqa: PLC0415  (the trainer's folder is on the path once scenes are asked for)
 
-    folder, scenes = args.folder / f"real-{args.images}", Scenes(args.emoji)
+    folder, scenes = args.folder / f"real-{args.first}-{args.images}", Scenes(args.emoji)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, scene in enumerate(demo_scenes(args.images)):
+    for i, scene in enumerate(demo_scenes(args.first + args.images)[args.first :], args.first):
         if not (folder / f"{i:05d}.png").exists():
             save(scenes.render(scene), folder / f"{i:05d}.png")
     return folder
@@ -165,7 +176,7 @@ def main() -> None:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which only accelerate's Accelerator reads
     try:
         methods = {name: m for name, m in chosen(args.methods, args.ratios).items() if name != LIMIT}
-        prompts = load_prompts(args.prompts, args.images)
+        prompts = load_prompts(args.prompts, args.first + args.images)[args.first :]
         dtype = torch.float32 if state.device.type == "cpu" else torch.float16
         pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(state.device)
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +196,7 @@ def main() -> None:
             show = lambda images, task=task: progress.update(task, completed=images)
             generate(pipe, method, prompts, folder_of(args, name), args, show)
     if state.is_main_process:
-        settings: dict[str, Any] = {key: str(value).replace(f"{ROOT}/", "") for key, value in vars(args).items()}
+        settings: dict[str, Any] = {key: in_project(value) for key, value in vars(args).items()}
         settings["processes"] = state.num_processes
         result = {
             "kind": "quality",

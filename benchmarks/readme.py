@@ -16,7 +16,7 @@ METRICS = ("PSNR, dB", "FD-EffNetLite0")
 def table() -> str:
     """Speed of the real architecture beside the quality of the demo model, for the methods that have both."""
     speed = json.loads((RESULTS / "latency-sd15-512-float32.json").read_text())
-    quality = json.loads((RESULTS / "quality-demo.json").read_text())
+    quality = json.loads((RESULTS / "quality-demo_model-20-steps.json").read_text())
     metrics = {row["method"]: row["metrics"] for row in quality["rows"]}
     images, steps = quality["settings"]["images"], int(quality["settings"]["steps"])
     heading, *rows = latency_rows(speed)

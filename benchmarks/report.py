@@ -26,6 +26,7 @@ that of the rounds. What the paper measured (an RTX 4090, naive attention) is in
 has measured yet, to our knowledge: FID of this implementation with trained Stable Diffusion weights, and its speed on
 a GPU against fused attention.
 """
+PROFILE = "Where the time goes, in all calls of a round together: a schedule has fewer whole ones to each cheap one."
 STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
 td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
 .pair{position:relative;display:inline-block;margin:.5em}.pair img{width:256px;display:block}
@@ -54,7 +55,7 @@ def page(results: list[dict[str, Any]], drawn: dict[str, str]) -> str:
         parts += [f"## {title(result)}", f"`{result['command']}`", versions(result), markdown(rows_of(result))]
         parts += result.get("notes", [])
         if "profile" in result:
-            parts += ["Where the time of a call goes:", markdown(profile_rows(result))]
+            parts += [PROFILE, markdown(profile_rows(result))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -80,14 +81,19 @@ def data_url(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
+def html_table(rows: list[tuple[str, ...]]) -> str:
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+    first, *rest = (cells(row, "td" if i else "th") for i, row in enumerate(rows))
+    return f"<table><tr>{first}</tr>{''.join(f'<tr>{row}</tr>' for row in rest)}</table>"
+
+
 def report(results: list[dict[str, Any]], drawn: dict[str, str], images: Path | None) -> str:
     parts = []
     for result in results:
-        first, *rest = rows_of(result)
-        cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-        table = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rest)
         parts.append(f"<h2>{html.escape(title(result))}</h2><p><code>{html.escape(result['command'])}</code></p>")
-        parts.append(f"<table><tr>{cells(first, 'th')}</tr>{table}</table>")
+        parts += [html_table(rows_of(result)), *(f"<p>{html.escape(note)}</p>" for note in result.get("notes", []))]
+        if "profile" in result:
+            parts += [f"<p>{PROFILE}</p>", html_table(profile_rows(result))]
     figures = [f"<figure>{text}</figure>" for text in drawn.values()]
     pictures = ["<h2>Without and with</h2>", sliders(images)] if images else []
     body = "\n".join(["<h2>Plots</h2><p>Zoom with the wheel.</p>", *figures, *pictures, *parts])

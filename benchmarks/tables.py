@@ -16,7 +16,9 @@ def latency_rows(result: dict[str, Any]) -> Rows:
     # of a CPU it is the growth of the resident set, too rough for a table; the JSON has it
     memory = ("peak, GB",) if result["hardware"].get("gpu") else ()
     calls = ("early call, s", "late call, s", "cheap call, s")
-    rows: Rows = [("method", "r %", *calls, *memory, f"{steps} steps, s", "speed-up")]
+    counted = ("FLOPs",) if all("operations" in row for row in result["rows"]) else ()
+    rows: Rows = [("method", "r %", *calls, *memory, *counted, f"{steps} steps, s", "speed-up")]
+    operations = result["rows"][0]["operations"]["schedule"] if counted else 0
     for row in result["rows"]:
         timed = row["calls"]
         late = timed.get("late whole", timed.get("early whole"))
@@ -31,6 +33,7 @@ def latency_rows(result: dict[str, Any]) -> Rows:
                 f"{late:.2f}" if late is not None else "",
                 " / ".join(f"{seconds:.2f}" for seconds in cheap),
                 *(f"{row['peak_mb'] / 1024:.2f}" for _ in memory),
+                *(f"{row['operations']['schedule'] / operations:.0%}" for _ in counted),
                 f"{row['schedule']:.1f}",
                 f"{row['speedup']:.2f}x ({spread})",
             )
@@ -55,11 +58,20 @@ def profile_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def speedup(latency: dict[str, Any], method: str, steps: int) -> float:
-    """That of a schedule of ``steps`` steps, put together from the calls that were timed: median over the rounds."""
-    rounds = {row["method"]: row["rounds"] for row in latency["rows"]}
-    seconds = lambda name: [Calls(METHODS[name], steps).schedule(round["calls"]) for round in rounds[name]]
-    return statistics.median(a / b for a, b in zip(seconds("unpatched"), seconds(method), strict=True))
+def speedup(latency: dict[str, Any], method: str, steps: int) -> float | None:
+    """That of a schedule of ``steps`` steps, put together from the calls that were timed: median over the rounds.
+
+    A method that was not timed has the calls of one that was, if they only come more or less often; or else None.
+    """
+    rounds = {row["method"]: row["rounds"] for row in latency["rows"] if row["method"] in METHODS}
+    calls = Calls(METHODS[method], steps)
+    alike = (name for name in rounds if Calls(METHODS[name], steps).alike == calls.alike)
+    timed = method if method in rounds else next(alike, None)
+    if timed is None:
+        return None
+    seconds, base = calls.schedule, Calls(METHODS["unpatched"], steps).schedule
+    pairs = zip(rounds["unpatched"], rounds[timed], strict=True)
+    return statistics.median(base(plain["calls"]) / seconds(own["calls"]) for plain, own in pairs)
 
 
 def title(result: dict[str, Any]) -> str:

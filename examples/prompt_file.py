@@ -4,6 +4,7 @@ python examples/prompt_file.py
 python examples/prompt_file.py --prompts my.txt --out my_images --batch 8
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -21,6 +22,12 @@ if not args.prompts.is_file():
     parser.error(f"--prompts {args.prompts}: there is no such file; give a text file with a prompt in each line")
 prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
 args.out.mkdir(parents=True, exist_ok=True)
+unlike = ("prompts", "prompt", "out", "batch")  # all else makes other images
+made = {name: value for name, value in vars(args).items() if name not in unlike} | {"prompts": prompts}
+record = args.out / "settings.json"
+if record.exists() and json.loads(record.read_text()) != made:
+    parser.error(f"--out {args.out}: it holds images of other prompts or settings; give another folder")
+record.write_text(json.dumps(made, indent=2))
 path_of = lambda i: args.out / f"{i:05d}.png"
 lacking = [i for i in range(len(prompts)) if not path_of(i).exists()]
 print(f"{len(prompts)} prompts, {len(prompts) - len(lacking)} of them done")

@@ -45,6 +45,8 @@ def test_a_prompt_file_is_resumed(tmp_path):
     second = run("prompt_file", *arguments)
     assert "2 prompts, 1 of them done" in second.stdout
     assert [picture.read_bytes() for picture in pictures] == contents
+    other = run("prompt_file", *arguments, "--ratio", 0.2)
+    assert other.returncode == 2 and "images of other" in other.stderr.splitlines()[-1]
 
 
 def test_a_prompt_file_that_is_not_there():

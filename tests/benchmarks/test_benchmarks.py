@@ -1,5 +1,6 @@
 """The benchmark commands from end to end, on the demo model and few small images."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -36,6 +37,8 @@ def test_latency(tmp_path):
     assert [row["method"] for row in data["rows"]] == ["unpatched", *METHODS]
     assert data["flops"]["total"] > sum(v for k, v in data["flops"].items() if k != "total") > 0
     assert data["rows"][0]["speedup"] == 1
+    unpatched, *patched = (row["operations"]["calls"]["early whole"] for row in data["rows"])
+    assert unpatched == data["flops"]["total"] > max(patched)
     assert set(data["rows"][2]["calls"]) == {"early whole", "early cheap"}  # which hold for all steps
     for method in METHODS:
         shares = {kind: share for kind, share in data["profile"][method].items() if kind != "seconds"}
@@ -118,6 +121,7 @@ def test_the_profile_counts_merging_once(monkeypatch):
     [
         ("latency.py", ["--model", "no/such/model"], "no/such/model"),
         ("latency.py", ["--rounds", "0"], "--rounds"),
+        ("latency.py", ["--warmup", "-1"], "--warmup"),
         ("latency.py", ["--size", "100"], "multiple of 64"),
         ("latency.py", ["--size", "64", "128", "--out", "one.json"], "--out"),
         ("latency.py", ["--pipeline"], "--pipeline"),
@@ -226,24 +230,40 @@ def test_the_front_is_what_no_other_point_passes():
 def test_every_kind_of_call_is_timed_where_it_comes():
     """What is called is whole or cheap as its name says: the middle of the UNet ran, or did not."""
     from conftest import make_unet, unet_inputs  # noqa: PLC0415
-    from methods import METHODS, PHASES, Calls  # noqa: PLC0415
+    from methods import METHODS, Calls, trajectory  # noqa: PLC0415
 
     class Holder:
         """What methods take for a pipeline."""
 
-    for name, method in METHODS.items():
-        for phase, start in PHASES.items():
-            timesteps = torch.tensor([first - i for first in PHASES.values() for i in range(12)])
+    for (name, method), steps in itertools.product(METHODS.items(), (4, 25, 50)):
+        timesteps, starts = trajectory(steps)
+        for phase, start in starts.items():
             holder = Holder()
             holder.unet, holder.scheduler = make_unet(), SimpleNamespace(timesteps=timesteps, order=1)
             undo, ran = method.apply(holder), []
             holder.unet.mid_block.resnets[0].register_forward_hook(lambda *_, ran=ran: ran.append(True))
-            for i, call in enumerate(Calls(method, 50).of(phase)):
+            for i, call in enumerate(Calls(method, steps).of(phase)):
                 ran.clear()
                 sample, _, text = unet_inputs().values()
-                holder.unet(sample, torch.tensor(start - i), text)
-                assert bool(ran) == call.endswith("whole"), (name, call)
+                holder.unet(sample, timesteps[start + i], text)
+                assert bool(ran) == call.endswith("whole"), (name, steps, call)
             undo()
+
+
+def test_methods_share_calls_that_only_come_more_or_less_often():
+    from methods import METHODS, Calls  # noqa: PLC0415
+
+    shared = {
+        "agentsd quality": "agentsd balanced",
+        "agentsd balanced, but N=4": "agentsd balanced",
+        "agentsd balanced, but N=6": "agentsd balanced",
+        "agentsd fast, but N=6": "agentsd fast",
+        "DeepCache N=5": "DeepCache N=3",
+        "tomesd r=0.4 + DeepCache N=5": "tomesd r=0.4 + DeepCache N=3",
+    }
+    alike = {name: Calls(method, 50).alike for name, method in METHODS.items()}
+    assert all(alike[name] == alike[other] for name, other in shared.items())
+    assert len(set(alike.values())) == len(METHODS) - len(shared)  # and no others do
 
 
 def test_speed_is_that_of_the_steps_whose_quality_is_shown():
@@ -253,6 +273,8 @@ def test_speed_is_that_of_the_steps_whose_quality_is_shown():
     latency = {"rows": [{"method": m, "rounds": [{"calls": calls}]} for m in ("unpatched", "agentsd balanced")]}
     assert speedup(latency, "agentsd balanced", 20) == 20 / 8  # calls 0, 1, 3, 6, ... 18 are whole
     assert speedup(latency, "agentsd balanced", 50) == 50 / 18
+    assert speedup(latency, "agentsd balanced, but N=6", 50) == 50 / 10  # by the same calls
+    assert speedup(latency, "agentsd fast", 50) is None
 
 
 def test_results_of_other_machines_are_other_plots():
