@@ -28,7 +28,7 @@ from methods import Method, chosen
 from rich.console import Console
 from rich.progress import Progress
 from tables import latency_table, profile_table
-from timing import DTYPES, Denoiser, Operations, Timed, WholePipeline
+from timing import DTYPES, Denoiser, Timed, WholePipeline, counted
 
 STEPS = 50
 RESULTS = Path(__file__).parent.parent / "runs" / "results"
@@ -82,13 +82,6 @@ def mean(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
     calls = {kind: (seconds + last["calls"][kind]) / 2 for kind, seconds in first["calls"].items()}
     schedule = (first["schedule"] + last["schedule"]) / 2
     return {"calls": calls, "schedule": schedule, "peak_mb": max(first["peak_mb"], last["peak_mb"])}
-
-
-def counted(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, dict[str, Any]]:
-    """By method, the operations of a call of each kind, and of the schedule. No machine is in them, and no noise."""
-    bench, shared = Operations(args), Timed()
-    rounds = {name: bench.round(method, shared) for name, method in methods.items()}
-    return {name: {"calls": found["calls"], "schedule": found["schedule"]} for name, found in rounds.items()}
 
 
 def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:

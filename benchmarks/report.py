@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plots import plots
-from tables import latency_rows, markdown, profile_rows, quality_rows, title
+from tables import latency_rows, markdown, operations_rows, profile_rows, quality_rows, title
 
 RESULTS = Path(__file__).with_name("results")
 INTRODUCTION = """# Results
@@ -46,7 +46,7 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    return latency_rows(result) if result["kind"] == "latency" else quality_rows(result)
+    return {"latency": latency_rows, "operations": operations_rows, "quality": quality_rows}[result["kind"]](result)
 
 
 def page(results: list[dict[str, Any]], drawn: dict[str, str]) -> str:

@@ -41,6 +41,17 @@ def latency_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def operations_rows(result: dict[str, Any]) -> Rows:
+    kinds = ("early whole", "late whole", "early cheap", "late cheap")
+    rows: Rows = [("method", "r %", *(f"{kind}, TFLOP" for kind in kinds), "of the schedule", "ratio")]
+    for row in result["rows"]:
+        calls = [f"{row['calls'][kind] / 1e12:.3f}" if kind in row["calls"] else "" for kind in kinds]
+        share = row["schedule"] / result["rows"][0]["schedule"]
+        ratio = f"{100 * row['ratio']:.0f}" if row["ratio"] else ""
+        rows.append((row["method"], ratio, *calls, f"{share:.1%}", f"{1 / share:.2f}x"))
+    return rows
+
+
 def quality_rows(result: dict[str, Any]) -> Rows:
     metrics = list(dict.fromkeys(key for row in result["rows"] for key in row["metrics"]))
     rows: Rows = [("method", *metrics)]
@@ -77,6 +88,8 @@ def speedup(latency: dict[str, Any], method: str, steps: int) -> float | None:
 def title(result: dict[str, Any]) -> str:
     settings, hardware = result["settings"], result["hardware"]
     where = hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']} ({hardware['instructions']})"
+    if result["kind"] == "operations":
+        return f"{settings['model']}, {settings['size']} px, one sample, {settings['steps']} steps, operations"
     if result["kind"] == "latency":
         compiled = ", compiled" * settings["compile"] + ", whole pipeline" * settings.get("pipeline", False)
         case = f"{settings['model']}, {settings['size']} px, {settings['dtype']}, batch {settings['batch']}"

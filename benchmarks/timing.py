@@ -96,6 +96,13 @@ class Operations(Denoiser):
         return float(counter.get_total_flops())
 
 
+def counted(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, dict[str, Any]]:
+    """By method, the operations of a call of each kind, and of the schedule. No machine is in them, and no noise."""
+    bench, shared = Operations(args), Timed()
+    rounds = {name: bench.round(method, shared) for name, method in methods.items()}
+    return {name: {"calls": found["calls"], "schedule": found["schedule"]} for name, found in rounds.items()}
+
+
 class WholePipeline:
     """Times whole images; ``batch`` counts those of the denoiser, of which guidance makes two an image."""
 

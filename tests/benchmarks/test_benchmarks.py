@@ -123,6 +123,8 @@ def test_the_profile_counts_merging_once(monkeypatch):
         ("latency.py", ["--rounds", "0"], "--rounds"),
         ("latency.py", ["--warmup", "-1"], "--warmup"),
         ("latency.py", ["--size", "100"], "multiple of 64"),
+        ("operations.py", ["--steps", "0"], "--steps"),
+        ("operations.py", ["--methods", "magic"], "magic"),
         ("latency.py", ["--size", "64", "128", "--out", "one.json"], "--out"),
         ("latency.py", ["--pipeline"], "--pipeline"),
         ("latency.py", ["--profile", "--compile"], "--profile"),
@@ -293,6 +295,22 @@ def test_results_of_other_machines_are_other_plots():
     everywhere = [{}, {"cpu": "B"}, {"gpu": "C"}, {"batch": 1}]
     results = [result(size, **other) for other in everywhere for size in (256, 512, 768)]
     assert len(plots(results)) == len(everywhere)
+
+
+def test_operations():
+    """Counted, not timed: so with no attention at the top there is less than with any patch of it."""
+    from methods import METHODS  # noqa: PLC0415
+    from timing import counted  # noqa: PLC0415
+
+    names = ("unpatched", "agentsd r=0.4 (the paper's schedule)", "no self-attention at the top (the limit)")
+    settings = {"model": "sd15", "size": 128, "batch": 1, "steps": 10, "dtype": "float32", "device": "cpu"}
+    args = SimpleNamespace(**settings, compile=False)
+    found = counted(args, {name: METHODS[name] for name in (*names, "agentsd balanced")})
+    plain, paper, limit = (found[name]["schedule"] for name in names)
+    assert plain > paper > limit
+    whole, cheap = found["agentsd balanced"]["calls"].values()
+    assert found["agentsd balanced"]["schedule"] == 5 * whole + 5 * cheap  # calls 0, 1, 2, 5 and 8 are whole
+    assert 10 * whole == plain
 
 
 def test_whole_pipelines(tmp_path):
