@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 Result = dict[str, Any]
 METRICS = ("PSNR, dB", "FD-EffNetLite0")
 # one figure is of at least so many methods, or sizes
-LEAST_POINTS, LEAST_SIZES = 5, 3
+LEAST_POINTS, LEAST_SIZES = 4, 3
 mpl.rcParams["svg.hashsalt"] = "agentsd"  # equal figures are equal files
 
 
