@@ -33,9 +33,10 @@ def controlnets_of(model: Any) -> dict[str, nn.Module]:
         return {}
     nets = getattr(net, "nets", None)
     named = {f"controlnet.nets.{i}": n for i, n in enumerate(nets)} if nets is not None else {"controlnet": net}
-    plain = {name: getattr(n, "_orig_mod", n) for name, n in named.items()}
-    first = {id(n): name for name, n in reversed(plain.items())}  # two images may have one net between them
-    return {name: n for name, n in plain.items() if first[id(n)] == name}
+    names: dict[nn.Module, str] = {}
+    for name, n in named.items():
+        names.setdefault(getattr(n, "_orig_mod", n), name)  # two images may have one net between them
+    return {name: n for n, name in names.items()}
 
 
 def compiled_parts_of(model: Any) -> list[nn.Module]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from architectures import ARCHITECTURES, flops
-from card import card, write_json
+from card import card, errors_in_one_line, write_json
 from methods import Method, chosen
 from rich.console import Console
 from rich.progress import Progress
@@ -133,7 +133,7 @@ def main() -> None:
     args = parse_args()
     if (args.device, args.dtype) == ("cpu", "bfloat16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print("note: this CPU has no instructions for bfloat16; --dtype float32 is faster here", file=sys.stderr)
-    try:
+    with errors_in_one_line():
         methods = chosen(args.methods, args.ratios)
         for size in args.size:
             one = argparse.Namespace(**{**vars(args), "size": size})
@@ -143,9 +143,6 @@ def main() -> None:
             if "profile" in result:
                 Console().print(profile_table(result))
             print(f"-> {out}")
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ saves in seconds, `latency.py` measures.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from architectures import ARCHITECTURES
-from card import card, write_json
+from card import card, errors_in_one_line, write_json
 from latency import RESULTS
 from methods import chosen
 from rich.console import Console
@@ -32,7 +31,7 @@ def main() -> None:
     for name, values in (("size", args.size), ("steps", [args.steps])):
         if min(values) < 1:
             parser.error(f"--{name} {min(values)}: give 1 or more")
-    try:
+    with errors_in_one_line():
         methods = chosen(args.methods, [])
         for size in args.size:
             settings = {**vars(args), "size": size, "batch": 1, "dtype": "float32", "device": "meta", "compile": False}
@@ -43,9 +42,6 @@ def main() -> None:
             write_json(out, result)
             Console().print(rich_table(result, operations_rows(result)))
             print(f"-> {out}")
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from card import card, write_json
+from card import card, errors_in_one_line, write_json
 from diffusers import DiffusionPipeline
 from methods import Method, chosen
 from prompts import load_prompts
@@ -174,7 +173,7 @@ def measure(args: argparse.Namespace, methods: dict[str, Method], prompts: list[
 def main() -> None:
     args = parse_args()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which only accelerate's Accelerator reads
-    try:
+    with errors_in_one_line():
         methods = {name: m for name, m in chosen(args.methods, args.ratios).items() if name != LIMIT}
         prompts = load_prompts(args.prompts, args.first + args.images)[args.first :]
         dtype = torch.float32 if state.device.type == "cpu" else torch.float16
@@ -183,9 +182,6 @@ def main() -> None:
         if state.is_main_process:
             for name, method in methods.items():
                 claim(folder_of(args, name), method, args)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
     state.wait_for_everyone()
     pipe.set_progress_bar_config(disable=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
