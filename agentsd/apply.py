@@ -41,7 +41,7 @@ def apply_patch(
     merge_mlp: bool = False,
     sample_kv: bool = False,
     min_tokens: int = MIN_TOKENS,
-    cache_interval: int = 1,
+    cache_interval: float = 1,
     cache_branch: int = 0,
     cache_order: int = 0,
     cache_cell: int = 1,
@@ -74,7 +74,9 @@ def apply_patch(
         sample_kv: instead of merging, let every token attend to the dst tokens alone, one of each cell: token
             downsampling (Smith et al. 2024, arXiv 2402.13573) with a new draw in every block and step.
         cache_interval: run the whole UNet in every ``cache_interval``-th denoiser call, and in the others its
-            outermost layers alone, with the deep features from before. 1 is off. Not where gradients are recorded.
+            outermost layers alone, with the deep features from before. 1 is off. Below 1 it is a share of the
+            trajectory's calls, so that about as many are whole in any number of steps: 0.1 is every second of 20 and
+            every fifth of 50 (of 25 where there is no scheduler). Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
         cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls,
             for which the second call of a trajectory is whole, too, and the last but one.
@@ -126,7 +128,7 @@ def apply_patch(
             f"max_downsample={max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
             f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
         )
-    if not settings.acts and settings.cache_interval == 1:
+    if not settings.acts and not settings.reuses:
         given = "ratio=0" if ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {given}.", stacklevel=3)
     nets = controlnets_of(model) if patch_controlnet else {}
@@ -139,7 +141,7 @@ def apply_patch(
             "patch_controlnet=True changes nothing where whole calls are left alone: give a ratio.", stacklevel=3
         )
         nets = {}
-    if settings.cache_interval > 1:
+    if settings.reuses:
         skipped_modules(unet, settings.cache_branch)  # raises where features cannot be reused, before anything changes
     remove_patch(model)
     pipeline = model if hasattr(model, "unet") else None

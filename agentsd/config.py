@@ -104,7 +104,7 @@ class Settings:
     merge_mlp: bool = False
     sample_kv: bool = False
     min_tokens: int = MIN_TOKENS
-    cache_interval: int = 1
+    cache_interval: float = 1.0
     cache_branch: int = 0
     cache_order: int = 0
     cache_cell: int = 1
@@ -125,14 +125,16 @@ class Settings:
         for name in ("agent_sx", "agent_sy", "sx", "sy"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more: a cell has a token to keep")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 (patch every layer) or more")
-        _require(self.cache_interval >= 1, "cache_interval", self.cache_interval, "1 (every call is whole) or more")
+        every = "1 (all calls are whole), 2, 3, ... calls, or a share of the trajectory's between 0 and 1"
+        in_range = 0 < self.cache_interval < 1 or (self.cache_interval >= 1 and self.cache_interval.is_integer())
+        _require(in_range, "cache_interval", self.cache_interval, every)
         _require(self.cache_branch >= 0, "cache_branch", self.cache_branch, "0 (the outermost layer) or more")
         orders = "0 (features as they were) or 1 (extrapolated)"
         _require(self.cache_order in (0, 1), "cache_order", self.cache_order, orders)
         _require(self.cache_cell >= 1, "cache_cell", self.cache_cell, "1 (cheap calls attend like whole ones) or more")
         if self.cache_cell > 1:
             without = "1, since without feature reuse no call is cheap: give cache_interval as well"
-            _require(self.cache_interval > 1, "cache_cell", self.cache_cell, without)
+            _require(self.reuses, "cache_cell", self.cache_cell, without)
         if self.max_downsample is not None:
             levels = "1, 2, 4, 8 or None (the highest resolution that has self-attention)"
             _require(self.max_downsample in (1, 2, 4, 8), "max_downsample", self.max_downsample, levels)
@@ -154,6 +156,11 @@ class Settings:
             if field.name in MERGING and value != field.default:
                 only = f"its default {field.default}, since sample_kv merges no token: leave out {field.name}"
                 _require(False, field.name, value, f"{only} or sample_kv")
+
+    @property
+    def reuses(self) -> bool:
+        """Whether some calls reuse the deep features of those before."""
+        return self.cache_interval != 1
 
     @property
     def acts(self) -> bool:

@@ -41,7 +41,7 @@ class Patch:
             unet.register_forward_hook(self._after_call),
         ]
         self.reuse: Reuse | None = None
-        if settings.cache_interval > 1:
+        if settings.reuses:
             self.reuse = Reuse(settings.cache_interval, settings.cache_branch, settings.cache_order)
             self.reuse.attach(unet)
         for patched_block in self.blocks:

@@ -14,9 +14,9 @@ REUSED = {"cache_order": 1, "cache_cell": 2}
 
 PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
-        "quality": {**REUSED, "ratio": 0.0, "cache_interval": 2},
-        "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 3},
-        "fast": {**REUSED, "agent_steps": 0.0, "cache_interval": 3},
+        "quality": {**REUSED, "ratio": 0.0, "cache_interval": 0.095},
+        "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 0.125},
+        "fast": {**REUSED, "agent_steps": 0.0, "cache_interval": 0.125},
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }
 )

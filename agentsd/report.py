@@ -10,6 +10,7 @@ from agentsd.config import Counts, Settings
 from agentsd.models import controlnets_of, unet_of
 from agentsd.patch import ATTRIBUTE, Patch, patch_of
 from agentsd.processor import can_sample_kv, can_use_agents
+from agentsd.reuse import interval_of
 from agentsd.sites import Site, find_sites, grids
 from agentsd.skip import skipped_modules
 
@@ -93,10 +94,10 @@ class Report:
             if not layer.phases:
                 others.setdefault(layer.note, []).append(layer.name)
         rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in others.items()]
-        if self.settings.cache_interval > 1:
+        if self.settings.reuses:
             second = ", and the second," if self.settings.cache_order else ""
             rest.append(
-                f"feature reuse: one call in {self.settings.cache_interval}{second} is whole, the others run "
+                f"feature reuse: {_every(self.settings.cache_interval)}{second} is whole, the others run "
                 f"{2 * self.settings.cache_branch + 1} layers; {self.cache_bytes / 2**20:.1f} MB kept"
             )
         if self.settings.cheap is not None and "cheap" not in names:
@@ -107,6 +108,13 @@ class Report:
         height, width = layer.grid
         cells = [_cell(layer.phases[name], self.settings) if name in layer.phases else "skipped" for name in phases]
         return layer.name, f"{height}x{width} = {height * width}", *cells, layer.note
+
+
+def _every(interval: float) -> str:
+    if interval >= 1:
+        return f"one call in {interval:g}"
+    every = (f"{interval_of(interval, calls)} of {calls}" for calls in (20, 50))
+    return f"one call in {interval:g} of all calls ({', '.join(every)})"
 
 
 def _heading(settings: Settings, phase: str) -> str:

@@ -7,6 +7,7 @@ the remembered features where the first layer that runs does.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,15 @@ from torch import Tensor, nn
 from agentsd.skip import skipped_modules, unwrap, wrap
 
 MOST_LANES = 4  # calls of one step; guidance makes two or three
+USUAL_CALLS = 25  # of a trajectory of which nobody says how many it has
+
+
+def interval_of(interval: float, calls: int | None = None) -> int:
+    """``cache_interval`` in calls: below 1 it is a share of the trajectory's ``calls``, rounded, and at least 2.
+
+    Fidelity follows the number of whole calls, however many lie between them (benchmarks/NOTES.md).
+    """
+    return int(interval) if interval >= 1 else max(2, math.floor(interval * (calls or USUAL_CALLS) + 0.5))
 
 
 def is_whole(call: int, interval: int, order: int, left: int | None = None) -> bool:
@@ -83,7 +93,8 @@ class Reuse:
     """Decides which calls are whole, and keeps the features between them.
 
     Attributes:
-        interval: every ``interval``-th call of a lane is whole; `is_whole` has the rule.
+        interval: every ``interval``-th call of a lane is whole, or a share of them (`interval_of`); `is_whole` has the
+            rule.
         branch: how many layers run on the way down in a cheap call; one more runs on the way up.
         order: of the extrapolation in time, 0 or 1.
         cheap: whether the present call is one.
@@ -93,7 +104,7 @@ class Reuse:
         attached: False once undone: somebody else's wrap may keep ours in place, which then does nothing.
     """
 
-    interval: int
+    interval: float
     branch: int
     order: int
     cheap: bool = False
@@ -154,8 +165,9 @@ class Reuse:
             self.lanes.append(Lane(self.order))
         lane = self.lanes[self._repeat]
         lane.begin()
-        overdue = lane.latest is None or lane.age >= self.interval  # too old where a whole call failed
-        whole = overdue or torch.is_grad_enabled() or is_whole(lane.calls, self.interval, self.order, left)
+        interval = interval_of(self.interval, None if left is None else call + 1 + left)
+        overdue = lane.latest is None or lane.age >= interval  # too old where a whole call failed
+        whole = overdue or torch.is_grad_enabled() or is_whole(lane.calls, interval, self.order, left)
         self.cheap = not whole
         self.features = lane.estimate() if self.cheap else None
 

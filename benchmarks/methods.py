@@ -16,7 +16,7 @@ from torch import nn
 
 import agentsd
 from agentsd.config import Settings
-from agentsd.reuse import is_whole
+from agentsd.reuse import interval_of, is_whole
 from agentsd.sites import find_sites
 
 Undo = Callable[[], Any]
@@ -29,18 +29,25 @@ class Method:
 
     Attributes:
         apply: takes the pipeline, returns how to undo it.
-        interval, order: of the reuse of deep features, which say what denoiser calls are whole.
+        interval, order: of the reuse of deep features, which say what denoiser calls are whole. An interval below 1 is
+            a share of the trajectory.
         phases: share of the steps after which calls cost something else; None where they never do.
         ratio: share of the tokens merged, for the table; None where none is.
         settings: all of them, by which images of before are known to be of the same method.
     """
 
     apply: Callable[[Any], Undo]
-    interval: int = 1
+    interval: float = 1
     order: int = 0
     phases: float | None = None
     ratio: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, steps: int) -> Method:
+        """The same, its interval in calls: where no scheduler says that the trajectory has ``steps``."""
+        if self.interval >= 1:
+            return self
+        return agent(**{**self.settings, "cache_interval": interval_of(self.interval, steps)})
 
 
 class Calls:
@@ -51,11 +58,12 @@ class Calls:
 
     def __init__(self, method: Method, steps: int) -> None:
         early = steps if method.phases is None else round(method.phases * steps)
-        whole = [is_whole(i, method.interval, method.order, steps - 1 - i) for i in range(steps)]
+        interval = interval_of(method.interval, steps)
+        whole = [is_whole(i, interval, method.order, steps - 1 - i) for i in range(steps)]
         kinds = ["whole" if ran else "cheap" for ran in whole]
         self.counts = Counter(f"{'early' if i < early else 'late'} {kind}" for i, kind in enumerate(kinds))
         costs = method.settings | dict.fromkeys(method.settings.keys() & {"cache_interval", "DeepCache"})
-        self.alike = str((costs, method.interval > 1, sorted(self.counts)))
+        self.alike = str((costs, interval > 1, sorted(self.counts)))
         self._until_cheap = kinds[: kinds.index("cheap") + 1] if "cheap" in kinds else []
 
     def of(self, phase: str) -> list[str]:
@@ -172,10 +180,7 @@ METHODS: dict[str, Method] = {
     "agentsd quality": agent(preset="quality"),
     "agentsd balanced": agent(preset="balanced"),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
-    "agentsd balanced, but N=6": agent(preset="balanced", cache_interval=6),
     "agentsd fast": agent(preset="fast"),
-    "agentsd fast, but N=4 and r=0.2": agent(preset="fast", cache_interval=4, ratio=0.2),
-    "agentsd fast, but N=6": agent(preset="fast", cache_interval=6),
     "no self-attention at the top (the limit)": Method(no_attention, settings={"self-attention": False}),
 }
 
@@ -186,7 +191,7 @@ def trajectory(steps: int) -> tuple[torch.Tensor, dict[str, int]]:
     The late one is ``steps`` calls from the end, and the early one as many before it as every interval divides: whole
     and cheap calls follow each other there as they do at the beginning of a trajectory of ``steps`` steps.
     """
-    every = math.lcm(*(method.interval for method in METHODS.values()))
+    every = math.lcm(*(interval_of(method.interval, steps) for method in METHODS.values()))
     between = every * math.ceil(2 * steps / every)
     return torch.linspace(999, 1, between + steps), dict(zip(PHASES, (0, between), strict=True))
 

@@ -48,7 +48,7 @@ class Denoiser:
         seconds: dict[str, float] = {}
         with PeakMemory(self.args.device) as memory:
             for phase in PHASES:
-                undo = method.apply(self)
+                undo = method.at(self.args.steps).apply(self)
                 try:
                     if self.args.compile:
                         self.run(phase, calls.of(phase))

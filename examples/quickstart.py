@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import agentsd
-from agentsd.reuse import is_whole
+from agentsd.reuse import interval_of, is_whole
 
 SCHEDULE = 50  # steps of the preset's schedule
 DEMO_MODEL = Path(__file__).with_name("demo_model")
@@ -120,7 +120,8 @@ def time_real_size(ratio: float, device: str, seconds: float = 45.0) -> None:
     variants = {"unpatched": None, "agent step": {"agent_steps": 1.0}, "merging step": {"agent_steps": 0.0}}
     variants["preset"] = {"preset": "fast"}
     preset = agentsd.PRESETS["fast"]
-    kinds = [is_whole(i, preset["cache_interval"], preset["cache_order"], SCHEDULE - 1 - i) for i in range(SCHEDULE)]
+    interval = interval_of(preset["cache_interval"], SCHEDULE)
+    kinds = [is_whole(i, interval, preset["cache_order"], SCHEDULE - 1 - i) for i in range(SCHEDULE)]
     times: dict[str, list[float]] = {name: [] for name in [*variants, "preset, cheap"]}
     began = time.perf_counter()
 

@@ -6,7 +6,7 @@ from conftest import image, make_img2img, make_pipeline, make_scheduler, make_un
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import agentsd
-from agentsd.reuse import Lane, Reuse, is_whole
+from agentsd.reuse import Lane, Reuse, interval_of, is_whole
 from agentsd.skip import skipped_modules
 
 ONLY_REUSE = {"ratio": 0, "cache_interval": 3}
@@ -41,6 +41,29 @@ def test_whole_calls_are_counted_back_from_the_last_but_one(scheduler):
         image(pipe, steps=steps)
         assert calls[:2] == [True, True] and calls[-2::-3] == [True] * len(calls[-2::-3])
         assert sum(calls) - len(calls[-2::-3]) <= 2
+
+
+@pytest.mark.parametrize("steps", [4, 8, 20, 25, 30, 50])
+def test_an_interval_below_1_is_a_share_of_the_trajectory(steps):
+    """The same calls are whole as at the interval in calls that it comes to: about as many in any number of steps."""
+    pipe = make_pipeline()
+    share, calls = 0.125, whole_calls(pipe.unet)
+    interval = interval_of(share, steps)
+    assert interval == max(2, round(share * steps + 1e-9))
+    for given in (share, interval):
+        agentsd.apply_patch(pipe, 0, cache_interval=given, cache_order=1)
+        image(pipe, steps=steps)
+    assert calls[:steps] == calls[steps:]
+    assert steps < 16 or 7 <= sum(calls[:steps]) <= 10
+
+
+def test_a_share_without_a_scheduler_is_that_of_a_usual_trajectory():
+    unet = agentsd.apply_patch(make_unet(), 0, cache_interval=0.2)
+    calls = whole_calls(unet)
+    for timestep in range(999, 900, -9):
+        unet(**{**unet_inputs(), "timestep": timestep})
+    assert [call for call, ran in enumerate(calls) if ran] == [0, 5, 10]
+    assert "one call in 0.2 of all calls (4 of 20, 10 of 50)" in str(agentsd.report(unet))
 
 
 def test_img2img_counts_back_from_the_same_call():
