@@ -11,10 +11,13 @@ import torch
 import torch_fidelity
 from PIL import Image
 from torch import Tensor
+from torch_fidelity import utils
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 EXTRACTOR = "efficientnet-lite0"
+GROUPS = 10  # left out in turn, to tell how sure a distance is
 
 
 class EffNetLite0(FeatureExtractorBase):
@@ -53,11 +56,15 @@ class EffNetLite0(FeatureExtractorBase):
 torch_fidelity.register_feature_extractor(EXTRACTOR, EffNetLite0)
 
 
-def fidelity(images: Path, reference: Path, extractor: str, features: str | None = None) -> dict[str, float]:
-    """Frechet distance (FID, or FD-EffNetLite0), KID, precision and recall of ``images`` against ``reference``.
+def distance_name(extractor: str) -> str:
+    """With EfficientNet-Lite0 the Frechet distance is not the FID of papers, and is not called so."""
+    return "FD-EffNetLite0" if extractor == EXTRACTOR else "FID"
 
-    With EfficientNet-Lite0 the distance is not the FID of papers, and is not called so. ``features`` is a folder that
-    keeps those of the reference from one call to the next.
+
+def fidelity(images: Path, reference: Path, extractor: str, features: str | None = None) -> dict[str, float]:
+    """Frechet distance, KID, precision and recall of ``images`` against ``reference``.
+
+    ``features`` is a folder that keeps those of both from one call to the next.
     """
     count = min(len(list(folder.glob("*.png"))) for folder in (images, reference))
     found = torch_fidelity.calculate_metrics(
@@ -70,20 +77,49 @@ def fidelity(images: Path, reference: Path, extractor: str, features: str | None
         prc_neighborhood=3,
         feature_extractor=extractor,
         cuda=torch.cuda.is_available(),
-        cache=features is not None,
-        cache_root=features,
+        **_cached(images.name, features),
         input2_cache_name="reference",
         verbose=False,
         samples_find_deep=False,
     )
-    ours = extractor == EXTRACTOR
     names = {
-        "frechet_inception_distance": "FD-EffNetLite0" if ours else "FID",
-        "kernel_inception_distance_mean": "KD-EffNetLite0" if ours else "KID",
+        KEY_METRIC_FID: distance_name(extractor),
+        "kernel_inception_distance_mean": "KD-EffNetLite0" if extractor == EXTRACTOR else "KID",
         "precision": "precision",
         "recall": "recall",
     }
     return {name: float(found[key]) for key, name in names.items() if key in found}
+
+
+def _cached(name: str, features: str | None) -> dict[str, Any]:
+    return {"cache": features is not None, "cache_root": features, "input1_cache_name": name}
+
+
+def without_each_group(images: Path, reference: Path, extractor: str, features: str | None = None) -> np.ndarray:
+    """Frechet distances (GROUPS,) of ``images`` to ``reference``, every tenth image of the former left out in turn."""
+    options = {"feature_extractor": extractor, "cuda": torch.cuda.is_available(), "verbose": False}
+    layer = utils.resolve_feature_layer_for_metric("fid", **options)
+    network = utils.create_feature_extractor(extractor, [layer], cuda=options["cuda"])
+
+    def features_of(folder: Path, name: str) -> Tensor:
+        found = utils.extract_featuresdict_from_input_id_cached(
+            1, network, input1=str(folder), samples_find_deep=False, **_cached(name, features), **options
+        )
+        return found[layer]
+
+    wanted, found = fid_features_to_statistics(features_of(reference, "reference")), features_of(images, images.name)
+    groups = torch.arange(len(found)) % GROUPS
+    kept = (fid_features_to_statistics(found[groups != group]) for group in range(GROUPS))
+    return np.array([fid_statistics_to_metric(one, wanted, verbose=False)[KEY_METRIC_FID] for one in kept])
+
+
+def standard_error(replicates: np.ndarray) -> float:
+    """Of the jackknife that leaves out a group at a time (Efron and Tibshirani, An Introduction to the Bootstrap, 11).
+
+    Given the differences of two methods' distances, it is that of the difference: the same prompts and seeds move
+    both distances together, and so it is far smaller than that of either.
+    """
+    return float(np.sqrt((GROUPS - 1) * np.var(replicates)))
 
 
 def against_unpatched(images: Path, unpatched: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Result = dict[str, Any]
-METRICS = ("PSNR, dB", "FD-EffNetLite0")
+METRICS = {"PSNR, dB": "its standard error", "FD-EffNetLite0": "standard error of that"}  # and how sure they are
 # one figure is of at least so many methods, or sizes
 LEAST_POINTS, LEAST_SIZES = 4, 3
 mpl.rcParams["svg.hashsalt"] = "agentsd"  # equal figures are equal files
@@ -60,13 +60,17 @@ def front_points(latency: Result, quality: Result, metric: str) -> list[tuple[fl
 
 
 def front(latency: Result, quality: Result, metric: str) -> str:
-    """Quality against speed, one point per method, the Pareto front drawn."""
+    """Quality against speed, one point per method with its standard error, the Pareto front drawn.
+
+    A distance's is that of its difference to the unpatched one's, since both see the same prompts and seeds.
+    """
     points = front_points(latency, quality, metric)
+    errors = {row["method"]: row["metrics"].get(METRICS[metric], 0) for row in quality["rows"]}
     best = pareto(points, 1 if metric == "PSNR, dB" else -1)
     figure, axes = plt.subplots(figsize=(9, 5.5))
     axes.plot(*zip(*[point[:2] for point in best], strict=True), color="lightgray", zorder=0)
     for x, y, name in points:
-        axes.scatter(x, y, color=colour(name))
+        axes.errorbar(x, y, errors[name], fmt="o", color=colour(name), elinewidth=0.8)
         axes.annotate(name, (x, y), fontsize=7, xytext=(5, 3), textcoords="offset points")
     of = quality["settings"]
     axes.set(

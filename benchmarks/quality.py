@@ -153,18 +153,26 @@ def real_images(args: argparse.Namespace) -> Path | None:
 
 
 def measure(args: argparse.Namespace, methods: dict[str, Method], prompts: list[str]) -> dict[str, Any]:
-    from metrics import against_unpatched, fidelity, learned  # noqa: PLC0415  (slow to import, and a later step)
+    import metrics  # noqa: PLC0415  (slow to import, and a later step)
 
     unpatched, real = folder_of(args, "unpatched"), real_images(args)
     notes = [] if real else ["no real images: the distances are those to the unpatched images"]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    base, distance = None, metrics.distance_name(args.extractor)
     with tempfile.TemporaryDirectory() as features:
         for name, method in methods.items():
             folder = folder_of(args, name)
-            values = against_unpatched(folder, unpatched)
+            values = metrics.against_unpatched(folder, unpatched)
             if real or name != "unpatched":
-                values |= fidelity(folder, real or unpatched, args.extractor, features)
-            more, missing = learned(folder, unpatched, prompts, args.clip)
+                values |= metrics.fidelity(folder, real or unpatched, args.extractor, features)
+            if real and args.images >= 2 * metrics.GROUPS:
+                found = metrics.without_each_group(folder, real, args.extractor, features)
+                if not rows:  # what is unpatched comes first
+                    base = found
+                else:
+                    values["above unpatched"] = values[distance] - rows[0]["metrics"][distance]
+                    values["standard error of that"] = metrics.standard_error(found - base)
+            more, missing = metrics.learned(folder, unpatched, prompts, args.clip)
             notes += [line for line in missing if line not in notes]
             rows.append({"method": name, "ratio": method.ratio, "metrics": values | more})
     return {"rows": rows, "notes": notes}

@@ -165,6 +165,22 @@ def test_a_set_is_at_distance_0_from_itself_and_noise_drives_it_away(noisy):
     assert abs(same) < 1e-3 < little < much
 
 
+def test_the_jackknife_s_error_of_a_mean_is_that_of_its_groups_means():
+    from metrics import GROUPS, standard_error  # noqa: PLC0415
+
+    values = np.random.default_rng(0).normal(size=(GROUPS, 7))
+    without = np.array([np.delete(values, group, axis=0).mean() for group in range(GROUPS)])
+    assert np.isclose(standard_error(without), values.mean(1).std(ddof=1) / np.sqrt(GROUPS))
+
+
+def test_every_image_is_left_out_once(noisy):
+    from metrics import EXTRACTOR, GROUPS, fidelity, without_each_group  # noqa: PLC0415
+
+    found = without_each_group(noisy[1], noisy[0], EXTRACTOR)
+    assert found.shape == (GROUPS,) and len(set(found)) == GROUPS
+    assert np.isclose(found.mean(), fidelity(noisy[1], noisy[0], EXTRACTOR)["FD-EffNetLite0"], rtol=0.2)
+
+
 @pytest.fixture(scope="module")
 def report(images, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
