@@ -76,7 +76,8 @@ def apply_patch(
         cache_interval: run the whole UNet in every ``cache_interval``-th denoiser call, and in the others its
             outermost layers alone, with the deep features from before. 1 is off. Below 1 it is a share of the
             trajectory's calls, so that about as many are whole in any number of steps: 0.1 is every second of 20 and
-            every fifth of 50 (of 25 where there is no scheduler). Not where gradients are recorded.
+            every fifth of 50. Without a scheduler the trajectory is taken for one of 25. Not where gradients are
+            recorded.
         cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
         cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls,
             for which the second call of a trajectory is whole, too, and the last but one.

@@ -113,8 +113,7 @@ class Report:
 def _every(interval: float) -> str:
     if interval >= 1:
         return f"one call in {interval:g}"
-    every = (f"{interval_of(interval, calls)} of {calls}" for calls in (20, 50))
-    return f"one call in {interval:g} of all calls ({', '.join(every)})"
+    return f"one call in {interval_of(interval, 20)} of 20 and one in {interval_of(interval, 50)} of 50"
 
 
 def _heading(settings: Settings, phase: str) -> str:

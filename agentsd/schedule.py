@@ -82,7 +82,10 @@ class Trajectory:
                 self._schedule, self._run = scheduler.timesteps, self._run + 1
             if position is not None and position < len(scheduler.timesteps):
                 step, steps = _steps(scheduler, position)
-                return Moment(step, steps, position, self._run, len(scheduler.timesteps) - 1 - position)
+                # before it is set, a scheduler's schedule is all training timesteps: not that of a loop with its own
+                is_set = getattr(scheduler, "num_inference_steps", position) is not None
+                left = len(scheduler.timesteps) - 1 - position if is_set else None
+                return Moment(step, steps, position, self._run, left)
         trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         step = max(trained - 1 - math.floor(_first(timestep)), 0)
         return Moment(step, trained, step, self._run)

@@ -63,7 +63,17 @@ def test_a_share_without_a_scheduler_is_that_of_a_usual_trajectory():
     for timestep in range(999, 900, -9):
         unet(**{**unet_inputs(), "timestep": timestep})
     assert [call for call, ran in enumerate(calls) if ran] == [0, 5, 10]
-    assert "one call in 0.2 of all calls (4 of 20, 10 of 50)" in str(agentsd.report(unet))
+    assert "one call in 4 of 20 and one in 10 of 50" in str(agentsd.report(unet))
+
+
+def test_a_share_of_a_schedule_that_was_never_set_is_that_of_a_usual_trajectory():
+    """A loop with a scheduler of its own: the pipeline's still holds every training timestep."""
+    pipe = agentsd.apply_patch(make_pipeline(), 0, cache_interval=0.2)
+    assert pipe.scheduler.num_inference_steps is None
+    calls = whole_calls(pipe.unet)
+    for timestep in pipe.scheduler.timesteps[::20].tolist():
+        pipe.unet(**{**unet_inputs(), "timestep": timestep})
+    assert [call for call, ran in enumerate(calls) if ran] == list(range(0, 50, 5))
 
 
 def test_img2img_counts_back_from_the_same_call():
