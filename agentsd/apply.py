@@ -57,7 +57,7 @@ def apply_patch(
             one's for a new image, one at the same timestep for another call of the same step.
         ratio: share of the tokens to merge in each patched layer, at most ``1 - 1 / (sx * sy)``.
         preset: the name of a set of these settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"fast"`` or
-            ``"few_steps"``. Settings given beside it go before it. None is the paper's schedule.
+            ``"few_steps"``. Settings given beside it override it. None is the paper's schedule.
         agent_steps: share of the denoising trajectory under agent attention: 0 never, 1 always.
         agent_ratio: share of the tokens merged into agents; what remains, ``1 - agent_ratio``, are the agents, but
             at least one for every ``agent_sx`` x ``agent_sy`` cell.
@@ -74,13 +74,13 @@ def apply_patch(
         sample_kv: instead of merging, let every token attend to the dst tokens alone, one of each cell: token
             downsampling (Smith et al. 2024, arXiv 2402.13573) with a new draw in every block and step.
         cache_interval: run the whole UNet in every ``cache_interval``-th denoiser call, and in the others its
-            outermost layers alone, with the deep features from before. 1 is off. Below 1 it is a share of the
-            trajectory's calls, so that about as many are whole in any number of steps: 0.1 is every second of 20 and
-            every fifth of 50. Without a scheduler the trajectory is taken for one of 25. Not where gradients are
-            recorded.
+            outermost layers alone, with the deep features from before. 1 is off. Up to 0.5 it is a share of the
+            trajectory: 0.1 is a tenth of it from one whole call to the next, so every second of 20 and every fifth of
+            50, and never every call. In img2img it is a share of the whole schedule, including the steps skipped at
+            the start; without a scheduler the trajectory is taken for one of 25. Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cheap call runs; one more runs on the way up.
-        cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls,
-            for which the second call of a trajectory is whole, too, and the last but one.
+        cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two whole calls, but
+            the first. The second call of a trajectory is whole, too, and so is the last but one.
         cache_cell: in cheap calls, let every token attend to one token of each ``cache_cell`` x ``cache_cell`` cell
             alone, as with ``sample_kv``. Their errors average out, where those of whole calls are carried on. 1 leaves
             cheap calls to what the schedule says.

@@ -125,15 +125,15 @@ class Settings:
         for name in ("agent_sx", "agent_sy", "sx", "sy"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more: a cell has a token to keep")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 (patch every layer) or more")
-        every = "1 (all calls are whole), 2, 3, ... calls, or a share of the trajectory's between 0 and 1"
-        in_range = 0 < self.cache_interval < 1 or (self.cache_interval >= 1 and self.cache_interval.is_integer())
+        every = "1 (all calls are whole), 2, 3, ... calls, or a share of the trajectory, above 0 and at most 0.5"
+        in_range = 0 < self.cache_interval <= 0.5 or (self.cache_interval >= 1 and self.cache_interval.is_integer())
         _require(in_range, "cache_interval", self.cache_interval, every)
         _require(self.cache_branch >= 0, "cache_branch", self.cache_branch, "0 (the outermost layer) or more")
         orders = "0 (features as they were) or 1 (extrapolated)"
         _require(self.cache_order in (0, 1), "cache_order", self.cache_order, orders)
         _require(self.cache_cell >= 1, "cache_cell", self.cache_cell, "1 (cheap calls attend like whole ones) or more")
         if self.cache_cell > 1:
-            without = "1, since without feature reuse no call is cheap: give cache_interval as well"
+            without = "1, since with cache_interval=1 no call is cheap: give another cache_interval, or cache_cell=1"
             _require(self.reuses, "cache_cell", self.cache_cell, without)
         if self.max_downsample is not None:
             levels = "1, 2, 4, 8 or None (the highest resolution that has self-attention)"

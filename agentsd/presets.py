@@ -10,13 +10,13 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 T = TypeVar("T")
-REUSED = {"cache_order": 1, "cache_cell": 2}
+REUSED = {"agent_steps": 0.0, "cache_order": 1, "cache_cell": 2}
 
 PRESETS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {
         "quality": {**REUSED, "ratio": 0.0, "cache_interval": 0.095},
         "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 0.125},
-        "fast": {**REUSED, "agent_steps": 0.0, "cache_interval": 0.125},
+        "fast": {**REUSED, "cache_interval": 0.125},
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }
 )

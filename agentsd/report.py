@@ -95,10 +95,11 @@ class Report:
                 others.setdefault(layer.note, []).append(layer.name)
         rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in others.items()]
         if self.settings.reuses:
-            second = ", and the second," if self.settings.cache_order else ""
+            second = ", counted back from the last but one, and the first two" if self.settings.cache_order else ""
+            layers = "one layer" if self.settings.cache_branch == 0 else f"{2 * self.settings.cache_branch + 1} layers"
             rest.append(
-                f"feature reuse: {_every(self.settings.cache_interval)}{second} is whole, the others run "
-                f"{2 * self.settings.cache_branch + 1} layers; {self.cache_bytes / 2**20:.1f} MB kept"
+                f"feature reuse: whole calls are {_every(self.settings.cache_interval)}{second}; "
+                f"the others run {layers}; {self.cache_bytes / 2**20:.1f} MB kept"
             )
         if self.settings.cheap is not None and "cheap" not in names:
             rest.append("cache_cell changes nothing: the layers that cheap calls run have no self-attention to patch")
@@ -112,8 +113,8 @@ class Report:
 
 def _every(interval: float) -> str:
     if interval >= 1:
-        return f"one call in {interval:g}"
-    return f"one call in {interval_of(interval, 20)} of 20 and one in {interval_of(interval, 50)} of 50"
+        return f"one in {interval:g}"
+    return ", ".join(f"one in {interval_of(interval, calls)} where there are {calls}" for calls in (20, 50))
 
 
 def _heading(settings: Settings, phase: str) -> str:

@@ -23,7 +23,7 @@ USUAL_CALLS = 25  # of a trajectory of which nobody says how many it has
 
 
 def interval_of(interval: float, calls: int | None = None) -> int:
-    """``cache_interval`` in calls: below 1 it is a share of the trajectory's ``calls``, rounded, and at least 2.
+    """``cache_interval`` in calls: below 1 it is a share of a trajectory of ``calls``, rounded, and at least 2.
 
     Fidelity follows the number of whole calls, however many lie between them (benchmarks/NOTES.md).
     """
@@ -33,8 +33,8 @@ def interval_of(interval: float, calls: int | None = None) -> int:
 def is_whole(call: int, interval: int, order: int, left: int | None = None) -> bool:
     """Whether the ``call``-th call of a trajectory, from 0, runs the whole UNet; ``left`` calls come after it.
 
-    Every ``interval``-th does. Where features are extrapolated (``order`` 1) the second does, too, since a line takes
-    two and the first steps are where features move fastest; and the others are counted back from the last call but
+    Every ``interval``-th does. Where features are extrapolated (``order`` 1) the second does, too, since
+    features move fastest in the first steps; and the others are counted back from the last call but
     one, which gives the image its texture (benchmarks/NOTES.md).
     """
     if order == 0:
@@ -155,6 +155,8 @@ class Reuse:
                     "says which of the last step's each follows. Give their samples in fewer, larger calls.",
                     stacklevel=2,
                 )
+                self.forget()
+            elif call > self._call and self._repeat + 1 < len(self.lanes):  # and which lanes it left out, neither
                 self.forget()
             self._repeat = self._repeat + 1 if call == self._call else 0
         self._trajectory, self._call = trajectory, call

@@ -76,6 +76,7 @@ class Trajectory:
     def locate(self, timestep: Tensor | float) -> Moment:
         """The moment of a call with ``timestep``, in the scheduler's state before it. Of a batch, the first counts."""
         scheduler = self.scheduler
+        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         if getattr(scheduler, "timesteps", None) is not None:
             position = self._position(scheduler, timestep)
             if self._schedule is not scheduler.timesteps:  # set anew for every image
@@ -83,10 +84,9 @@ class Trajectory:
             if position is not None and position < len(scheduler.timesteps):
                 step, steps = _steps(scheduler, position)
                 # before it is set, a scheduler's schedule is all training timesteps: not that of a loop with its own
-                is_set = getattr(scheduler, "num_inference_steps", position) is not None
+                is_set = len(scheduler.timesteps) < trained
                 left = len(scheduler.timesteps) - 1 - position if is_set else None
                 return Moment(step, steps, position, self._run, left)
-        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         step = max(trained - 1 - math.floor(_first(timestep)), 0)
         return Moment(step, trained, step, self._run)
 

@@ -25,9 +25,8 @@ import torch
 from architectures import ARCHITECTURES, flops
 from card import card, errors_in_one_line, write_json
 from methods import Method, chosen
-from rich.console import Console
 from rich.progress import Progress
-from tables import latency_table, profile_table
+from tables import latency_rows, print_table, profile_rows
 from timing import DTYPES, Denoiser, Timed, WholePipeline, counted
 
 STEPS = 50
@@ -132,16 +131,17 @@ def measure(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, A
 def main() -> None:
     args = parse_args()
     if (args.device, args.dtype) == ("cpu", "bfloat16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print("note: this CPU has no instructions for bfloat16; --dtype float32 is faster here", file=sys.stderr)
+        slow = "note: this CPU has no instructions for bfloat16, and a call may take an hour: give --dtype float32"
+        print(slow, file=sys.stderr)
     with errors_in_one_line():
         methods = chosen(args.methods, args.ratios)
         for size in args.size:
             one = argparse.Namespace(**{**vars(args), "size": size})
             result, out = measure(one, methods), out_of(one)
             write_json(out, result)
-            Console().print(latency_table(result))
+            print_table(result, latency_rows(result))
             if "profile" in result:
-                Console().print(profile_table(result))
+                print_table(result, profile_rows(result))
             print(f"-> {out}")
 
 

@@ -129,13 +129,21 @@ def deepcache(interval: int) -> Method:
 
 
 def together(first: Method, second: Method) -> Method:
+    """Both at once, of which one at most reuses features.
+
+    Raises:
+        ValueError: an interval is a share of the trajectory.
+    """
+    if min(first.interval, second.interval) < 1:
+        raise ValueError(f"interval {min(first.interval, second.interval)}: give it in calls, where two methods meet")
+
     def apply(pipe: Any) -> Undo:
         undo_first, undo_second = first.apply(pipe), second.apply(pipe)
         return lambda: (undo_second(), undo_first())
 
     return Method(
         apply,
-        interval=max(first.interval, second.interval),
+        interval=second.interval if first.interval == 1 else first.interval,
         order=max(first.order, second.order),
         phases=first.phases or second.phases,
         ratio=first.ratio or second.ratio,

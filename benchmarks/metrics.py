@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch_fidelity
 from PIL import Image
+from tables import ERROR
 from torch import Tensor
 from torch_fidelity import utils
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -96,7 +97,7 @@ def _cached(name: str, features: str | None) -> dict[str, Any]:
 
 
 def without_each_group(images: Path, reference: Path, extractor: str, features: str | None = None) -> np.ndarray:
-    """Frechet distances (GROUPS,) of ``images`` to ``reference``, every tenth image of the former left out in turn."""
+    """Frechet distances (GROUPS,) of ``images`` to ``reference``, a tenth of the former left out in turn, by lot."""
     options = {"feature_extractor": extractor, "cuda": torch.cuda.is_available(), "verbose": False}
     layer = utils.resolve_feature_layer_for_metric("fid", **options)
     network = utils.create_feature_extractor(extractor, [layer], cuda=options["cuda"])
@@ -108,7 +109,7 @@ def without_each_group(images: Path, reference: Path, extractor: str, features: 
         return found[layer]
 
     wanted, found = fid_features_to_statistics(features_of(reference, "reference")), features_of(images, images.name)
-    groups = torch.arange(len(found)) % GROUPS
+    groups = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)) % GROUPS  # prompts may alternate
     kept = (fid_features_to_statistics(found[groups != group]) for group in range(GROUPS))
     return np.array([fid_statistics_to_metric(one, wanted, verbose=False)[KEY_METRIC_FID] for one in kept])
 
@@ -125,16 +126,18 @@ def standard_error(replicates: np.ndarray) -> float:
 def against_unpatched(images: Path, unpatched: Path) -> dict[str, float]:
     """PSNR in dB and SSIM against the image of the same prompt and seed, means over all images.
 
-    The standard error is that of the mean over prompts and seeds. Methods that see the same ones differ more surely.
+    The standard error is that of the mean over prompts and seeds. Differences between methods are surer, since all see
+    the same ones.
+    Equal images, of which no PSNR can be had, count as 100 dB.
     """
     psnrs, ssims = [], []
     for path in sorted(images.glob("*.png")):
         a, b = (pixels(folder / path.name) for folder in (images, unpatched))
-        error = (a - b).square().mean().item()
-        psnrs.append(min(-10 * np.log10(error), 100.0) if error else 100.0)
+        squared = (a - b).square().mean().item()
+        psnrs.append(min(-10 * np.log10(squared), 100.0) if squared else 100.0)
         ssims.append(structural_similarity_index_measure(a[None], b[None], data_range=1.0).item())
     error = np.std(psnrs) / np.sqrt(len(psnrs))
-    return {"PSNR, dB": float(np.mean(psnrs)), "its standard error": float(error), "SSIM": float(np.mean(ssims))}
+    return {"PSNR, dB": float(np.mean(psnrs)), f"PSNR, dB{ERROR}": float(error), "SSIM": float(np.mean(ssims))}
 
 
 def pixels(path: Path) -> Tensor:

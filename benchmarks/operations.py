@@ -16,8 +16,7 @@ from architectures import ARCHITECTURES
 from card import card, errors_in_one_line, write_json
 from latency import RESULTS
 from methods import chosen
-from rich.console import Console
-from tables import operations_rows, rich_table
+from tables import operations_rows, print_table
 from timing import counted
 
 
@@ -40,7 +39,7 @@ def main() -> None:
             result = {"kind": "operations", **card("meta"), "settings": settings, "rows": rows}
             out = RESULTS / f"operations-{Path(args.model).name}-{size}.json"
             write_json(out, result)
-            Console().print(rich_table(result, operations_rows(result)))
+            print_table(result, operations_rows(result))
             print(f"-> {out}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 from methods import METHODS
-from tables import speedup, title
+from tables import ABOVE, ERROR, speedup, title
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Result = dict[str, Any]
-METRICS = {"PSNR, dB": "its standard error", "FD-EffNetLite0": "standard error of that"}  # and how sure they are
+METRICS = {"PSNR, dB": 1, "FD-EffNetLite0": -1, "FID": -1}  # 1 where more is better
 # one figure is of at least so many methods, or sizes
 LEAST_POINTS, LEAST_SIZES = 4, 3
 mpl.rcParams["svg.hashsalt"] = "agentsd"  # equal figures are equal files
@@ -52,9 +52,7 @@ def front_points(latency: Result, quality: Result, metric: str) -> list[tuple[fl
     found = [
         (speedup(latency, row["method"], steps), row["metrics"][metric], row["method"])
         for row in quality["rows"]
-        if row["method"] in METHODS
-        and metric in row["metrics"]
-        and (row["method"] != "unpatched" or metric != "PSNR, dB")
+        if row["method"] in METHODS and metric in row["metrics"]
     ]
     return [(speed, *rest) for speed, *rest in found if speed is not None]
 
@@ -65,12 +63,13 @@ def front(latency: Result, quality: Result, metric: str) -> str:
     A distance's is that of its difference to the unpatched one's, since both see the same prompts and seeds.
     """
     points = front_points(latency, quality, metric)
-    errors = {row["method"]: row["metrics"].get(METRICS[metric], 0) for row in quality["rows"]}
-    best = pareto(points, 1 if metric == "PSNR, dB" else -1)
+    best = pareto(points, METRICS[metric])
+    keys = (metric + ERROR, metric + ABOVE + ERROR)
+    errors = {row["method"]: [row["metrics"][key] for key in keys if key in row["metrics"]] for row in quality["rows"]}
     figure, axes = plt.subplots(figsize=(9, 5.5))
     axes.plot(*zip(*[point[:2] for point in best], strict=True), color="lightgray", zorder=0)
     for x, y, name in points:
-        axes.errorbar(x, y, errors[name], fmt="o", color=colour(name), elinewidth=0.8)
+        axes.errorbar(x, y, errors[name] or None, fmt="o", color=colour(name), elinewidth=0.8)
         axes.annotate(name, (x, y), fontsize=7, xytext=(5, 3), textcoords="offset points")
     of = quality["settings"]
     axes.set(
@@ -78,6 +77,9 @@ def front(latency: Result, quality: Result, metric: str) -> str:
         ylabel=f"{metric}: demo model, {of['images']} images, {of['steps']} steps",
     )
     axes.margins(x=0.15)
+    if any(errors.values()):
+        of_what = "" if metric + ERROR in quality["rows"][-1]["metrics"] else " of the difference to unpatched"
+        axes.set_title(f"bars: standard error{of_what}", fontsize=8)
     return svg(figure)
 
 
@@ -113,7 +115,7 @@ def series(results: list[Result]) -> dict[str, list[Result]]:
 
 def growth(case: str, group: list[Result]) -> str:
     """Seconds of a schedule, and the speed-up, against the tokens of the latents. Below 1 a method costs time."""
-    figure, (seconds, speedup) = plt.subplots(1, 2, figsize=(12, 4.8))
+    figure, (seconds, gain) = plt.subplots(1, 2, figsize=(12, 4.8))
     methods: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for result in group:
         tokens = (result["settings"]["size"] // 8) ** 2
@@ -123,12 +125,12 @@ def growth(case: str, group: list[Result]) -> str:
         if len(points) >= LEAST_SIZES:
             tokens, times, ratios = zip(*points, strict=True)
             seconds.plot(tokens, times, "o-", markersize=3, label=name)
-            speedup.plot(tokens, ratios, "o-", markersize=3, label=name)
-    _logarithmic(seconds, speedup)
+            gain.plot(tokens, ratios, "o-", markersize=3, label=name)
+    _logarithmic(seconds, gain)
     seconds.set(yscale="log", ylabel=f"{group[0]['settings']['steps']} steps, s")
-    speedup.set(ylabel="speed-up")
-    speedup.axhline(1, color="gray", linewidth=0.8)
-    speedup.legend(fontsize=7)
+    gain.set(ylabel="speed-up")
+    gain.axhline(1, color="gray", linewidth=0.8)
+    gain.legend(fontsize=7)
     figure.suptitle(case, fontsize=9)
     return svg(figure)
 

@@ -25,9 +25,8 @@ from card import card, errors_in_one_line, write_json
 from diffusers import DiffusionPipeline
 from methods import Method, chosen
 from prompts import load_prompts
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tables import quality_table
+from tables import ABOVE, ERROR, print_table, quality_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "runs" / "results"
@@ -158,20 +157,19 @@ def measure(args: argparse.Namespace, methods: dict[str, Method], prompts: list[
     unpatched, real = folder_of(args, "unpatched"), real_images(args)
     notes = [] if real else ["no real images: the distances are those to the unpatched images"]
     rows: list[dict[str, Any]] = []
-    base, distance = None, metrics.distance_name(args.extractor)
+    distance, replicates = metrics.distance_name(args.extractor), {}
     with tempfile.TemporaryDirectory() as features:
         for name, method in methods.items():
-            folder = folder_of(args, name)
-            values = metrics.against_unpatched(folder, unpatched)
-            if real or name != "unpatched":
+            folder, patched = folder_of(args, name), name != "unpatched"
+            values = metrics.against_unpatched(folder, unpatched) if patched else {}
+            if real or patched:
                 values |= metrics.fidelity(folder, real or unpatched, args.extractor, features)
             if real and args.images >= 2 * metrics.GROUPS:
-                found = metrics.without_each_group(folder, real, args.extractor, features)
-                if not rows:  # what is unpatched comes first
-                    base = found
-                else:
-                    values["above unpatched"] = values[distance] - rows[0]["metrics"][distance]
-                    values["standard error of that"] = metrics.standard_error(found - base)
+                replicates[name] = metrics.without_each_group(folder, real, args.extractor, features)
+            if name in replicates and patched:
+                values[distance + ABOVE] = values[distance] - rows[0]["metrics"][distance]
+                above = replicates[name] - replicates["unpatched"]
+                values[distance + ABOVE + ERROR] = metrics.standard_error(above)
             more, missing = metrics.learned(folder, unpatched, prompts, args.clip)
             notes += [line for line in missing if line not in notes]
             rows.append({"method": name, "ratio": method.ratio, "metrics": values | more})
@@ -209,7 +207,7 @@ def main() -> None:
             **measure(args, methods, prompts),
         }
         write_json(args.out, result)
-        Console().print(quality_table(result))
+        print_table(result, quality_rows(result))
         print(*result["notes"], f"-> {args.out}", sep="\n")
 
 

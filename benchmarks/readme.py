@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from tables import latency_rows, markdown, speedup, title
+from methods import METHODS
+from tables import ABOVE, markdown, speedup, title, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- table: python benchmarks/readme.py -->\n", "<!-- end of table -->"
-METRICS = ("PSNR, dB", "FD-EffNetLite0")
+PSNR, DISTANCE = "PSNR, dB", "FD-EffNetLite0"
 
 
 def table() -> str:
-    """Speed of the real architecture beside the quality of the demo model, for the methods that have both."""
-    speed = json.loads((RESULTS / "latency-sd15-512-float32.json").read_text())
-    quality = json.loads((RESULTS / "quality-demo_model-20-steps.json").read_text())
-    metrics = {row["method"]: row["metrics"] for row in quality["rows"]}
-    images, steps = quality["settings"]["images"], int(quality["settings"]["steps"])
-    heading, *rows = latency_rows(speed)
-    shown = [(heading[0], *heading[-2:], f"in {steps} steps", *METRICS)]
-    for name, *_, seconds, ratio in rows:
-        if name in metrics:
-            psnr, distance = (metrics[name][metric] for metric in METRICS)
-            values = (f"{speedup(speed, name, steps):.2f}x", f"{psnr:.1f}" if psnr < 100 else "", f"{distance:.1f}")
-            shown.append((name, seconds, ratio, *values))
+    """Speed of the real architecture beside the quality of the demo model in as many steps, for methods with both."""
+    speed = load("latency-sd15-512-float32")
+    qualities = [load(f"quality-demo_model-{steps}-steps") for steps in (50, 20)]
+    metrics = [{row["method"]: row["metrics"] for row in quality["rows"]} for quality in qualities]
+    steps, images = (tuple(quality["settings"][key] for quality in qualities) for key in ("steps", "images"))
+    columns = ("speed-up", "PSNR, dB,", "distance above unpatched")
+    heading = ("method", *(f"{column} in {n} steps" for n in steps for column in columns))
+    plain = " and ".join(f"{found['unpatched'][DISTANCE]:.1f}" for found in metrics)
+    rows = [heading]
+    for name in METHODS:
+        ratios = [speedup(speed, name, int(n)) for n in steps]
+        if name != "unpatched" and any(name in found for found in metrics) and None not in ratios:
+            cells = []
+            for ratio, values in zip(ratios, (found.get(name, {}) for found in metrics), strict=True):
+                cells.append(f"{ratio:.2f}x" if values else "")
+                cells += [with_error(values, key) for key in (PSNR, DISTANCE + ABOVE)]
+            rows.append((name, *cells))
     return (
-        f"Speed: {title(speed)}, random weights. Quality: demo model, {images} images, {steps} steps; PSNR to the "
-        f"unpatched images, Frechet distance to real ones over EfficientNet-Lite0. All measured here:\n\n"
-        f"{markdown(shown)}\n"
+        f"Speed: {title(speed)}, random weights, against fused attention. Quality, with standard errors: demo model, "
+        f"{' and '.join(images)} images; PSNR to the unpatched ones, and how far the Frechet distance to real images "
+        f"over EfficientNet-Lite0 is above that of the unpatched ones ({plain}). All measured here:\n\n"
+        f"{markdown(rows)}\n"
     )
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def main() -> None:

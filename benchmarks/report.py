@@ -10,6 +10,7 @@ import argparse
 import base64
 import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,26 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def page(results: list[dict[str, Any]], drawn: dict[str, str]) -> str:
-    parts = [INTRODUCTION, *(f"![{name}](plots/{name}.svg)" for name in drawn)]
+    parts = [INTRODUCTION, "\n".join(f"- [{heading(result)}](#{anchor(heading(result))})" for result in results)]
+    parts += ["## Plots", "\n".join(f'<img src="plots/{name}.svg" alt="{name}" width="49%">' for name in drawn)]
     for result in results:
-        parts += [f"## {title(result)}", f"`{result['command']}`", versions(result), markdown(rows_of(result))]
+        parts += [f"## {heading(result)}", f"`{result['command']}`", versions(result), markdown(rows_of(result))]
         parts += result.get("notes", [])
         if "profile" in result:
             parts += [PROFILE, markdown(profile_rows(result))]
     return "\n\n".join(parts) + "\n"
+
+
+def heading(result: dict[str, Any]) -> str:
+    """One for each result: those of the same case differ in steps, or in whether ratios are compared."""
+    if result["kind"] != "latency":
+        return title(result)
+    return f"{title(result)}, {result['settings']['steps']} steps{', by ratio' * bool(result['settings']['ratios'])}"
+
+
+def anchor(text: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-")
 
 
 def versions(result: dict[str, Any]) -> str:
@@ -90,7 +104,7 @@ def html_table(rows: list[tuple[str, ...]]) -> str:
 def report(results: list[dict[str, Any]], drawn: dict[str, str], images: Path | None) -> str:
     parts = []
     for result in results:
-        parts.append(f"<h2>{html.escape(title(result))}</h2><p><code>{html.escape(result['command'])}</code></p>")
+        parts.append(f"<h2>{html.escape(heading(result))}</h2><p><code>{html.escape(result['command'])}</code></p>")
         parts += [html_table(rows_of(result)), *(f"<p>{html.escape(note)}</p>" for note in result.get("notes", []))]
         if "profile" in result:
             parts += [f"<p>{PROFILE}</p>", html_table(profile_rows(result))]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from typing import Any
 
 from methods import METHODS, Calls
+from rich.console import Console
 from rich.table import Table
 
 Rows = list[tuple[str, ...]]
+ERROR = ", standard error"  # behind the name of a metric, in the JSON; in tables it stands beside the value
+ABOVE = " above unpatched"
 
 
 def latency_rows(result: dict[str, Any]) -> Rows:
@@ -53,12 +57,20 @@ def operations_rows(result: dict[str, Any]) -> Rows:
 
 
 def quality_rows(result: dict[str, Any]) -> Rows:
-    metrics = list(dict.fromkeys(key for row in result["rows"] for key in row["metrics"]))
-    rows: Rows = [("method", *metrics)]
+    every = reversed(result["rows"])  # the first has the fewest
+    names = dict.fromkeys(key for row in every for key in row["metrics"] if not key.endswith(ERROR))
+    rows: Rows = [("method", *names)]
     for row in result["rows"]:
-        values = [row["metrics"].get(metric) for metric in metrics]
-        rows.append((row["method"], *("" if value is None else f"{value:.4g}" for value in values)))
+        rows.append((row["method"], *(with_error(row["metrics"], name) for name in names)))
     return rows
+
+
+def with_error(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return ""
+    if name + ERROR in metrics:
+        return f"{metrics[name]:.1f} ± {metrics[name + ERROR]:.1f}"
+    return f"{metrics[name]:.4g}"
 
 
 def profile_rows(result: dict[str, Any]) -> Rows:
@@ -97,25 +109,14 @@ def title(result: dict[str, Any]) -> str:
     return f"{settings['model']}, {settings['images']} images, {settings['steps']} steps, {where}"
 
 
-def rich_table(result: dict[str, Any], rows: Rows) -> Table:
+def print_table(result: dict[str, Any], rows: Rows) -> None:
+    """On the terminal, as wide as it is; in a file or a pipe, wide enough for all."""
     table = Table(title=title(result))
     for i, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(heading, justify="right" if i else "left", min_width=0 if i else 24, overflow="fold")
     for row in rows[1:]:
         table.add_row(*row)
-    return table
-
-
-def latency_table(result: dict[str, Any]) -> Table:
-    return rich_table(result, latency_rows(result))
-
-
-def profile_table(result: dict[str, Any]) -> Table:
-    return rich_table(result, profile_rows(result))
-
-
-def quality_table(result: dict[str, Any]) -> Table:
-    return rich_table(result, quality_rows(result))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def markdown(rows: Rows) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import image, make_img2img, make_pipeline, make_scheduler, make_unet, unet_inputs
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import agentsd
 from agentsd.reuse import Lane, Reuse, interval_of, is_whole
@@ -57,23 +57,51 @@ def test_an_interval_below_1_is_a_share_of_the_trajectory(steps):
     assert steps < 16 or 7 <= sum(calls[:steps]) <= 10
 
 
+@pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler])
+def test_a_share_is_one_of_calls_where_there_are_more_of_them_than_steps(scheduler):
+    """Of those of the present image, whatever number of steps the last one had."""
+    pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), 0, cache_interval=0.25)
+    calls = whole_calls(pipe.unet)
+    for steps in (6, 12, 6):
+        calls.clear()
+        image(pipe, steps=steps)
+        assert len(calls) == len(pipe.scheduler.timesteps) > steps
+        assert calls == [i % interval_of(0.25, len(calls)) == 0 for i in range(len(calls))]
+
+
+def test_a_share_is_one_of_the_whole_schedule_where_img2img_starts_in_the_middle():
+    """What reuse costs goes by how much noise lies between whole calls: as much as in a whole trajectory."""
+    pipe = agentsd.apply_patch(make_img2img(), 0, cache_interval=0.25)
+    calls = whole_calls(pipe.unet)
+    image(pipe, steps=20, image=torch.zeros(1, 3, 16, 16), strength=0.5)
+    assert calls == [i % 5 == 0 for i in range(10)]
+
+
 def test_a_share_without_a_scheduler_is_that_of_a_usual_trajectory():
     unet = agentsd.apply_patch(make_unet(), 0, cache_interval=0.2)
     calls = whole_calls(unet)
     for timestep in range(999, 900, -9):
         unet(**{**unet_inputs(), "timestep": timestep})
     assert [call for call, ran in enumerate(calls) if ran] == [0, 5, 10]
-    assert "one call in 4 of 20 and one in 10 of 50" in str(agentsd.report(unet))
+    assert "one in 4 where there are 20, one in 10 where there are 50" in str(agentsd.report(unet))
 
 
-def test_a_share_of_a_schedule_that_was_never_set_is_that_of_a_usual_trajectory():
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
+def test_a_share_of_a_schedule_that_was_never_set_is_that_of_a_usual_trajectory(scheduler):
     """A loop with a scheduler of its own: the pipeline's still holds every training timestep."""
-    pipe = agentsd.apply_patch(make_pipeline(), 0, cache_interval=0.2)
-    assert pipe.scheduler.num_inference_steps is None
+    pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), 0, cache_interval=0.2)
     calls = whole_calls(pipe.unet)
-    for timestep in pipe.scheduler.timesteps[::20].tolist():
+    for timestep in range(999, 0, -20):
         pipe.unet(**{**unet_inputs(), "timestep": timestep})
     assert [call for call, ran in enumerate(calls) if ran] == list(range(0, 50, 5))
+
+
+def test_timesteps_of_one_s_own_are_a_schedule_that_was_set():
+    """DDPM leaves its number of steps unset for these."""
+    pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(DDPMScheduler)), 0, cache_interval=0.25)
+    calls = whole_calls(pipe.unet)
+    image(pipe, timesteps=list(range(950, 0, -50)))
+    assert calls == [i % 5 == 0 for i in range(19)]
 
 
 def test_img2img_counts_back_from_the_same_call():
@@ -138,6 +166,15 @@ def test_guidance_in_two_calls_keeps_two_lanes():
     for t, expected in zip(timesteps, together, strict=True):
         for i in range(2):
             torch.testing.assert_close(unet(**{**split(i), "timestep": t}).sample, expected[i : i + 1])
+
+
+def test_a_step_of_fewer_calls_than_the_last_mixes_up_no_prompts_after_it():
+    """Guidance in two calls that is switched off: the first of the two has been somebody else's."""
+    unet = agentsd.apply_patch(make_unet(), 0, cache_interval=10)
+    calls = whole_calls(unet)
+    for timestep in (900, 900, 800, 800, 700, 600, 500):
+        unet(**{**unet_inputs(), "timestep": timestep})
+    assert calls == [True, True, False, False, False, True, False]
 
 
 def test_img2img_starts_in_the_middle():

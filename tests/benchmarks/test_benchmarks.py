@@ -62,9 +62,31 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_quality(images):
     rows = {row["method"]: row["metrics"] for row in json.loads((images / "quality.json").read_text())["rows"]}
-    assert rows["unpatched"]["PSNR, dB"] == 100
+    assert "PSNR, dB" not in rows["unpatched"]  # it is what the others are compared with
     assert 5 < rows[METHODS[1]]["PSNR, dB"] < 100
     assert rows[METHODS[1]]["FD-EffNetLite0"] > 0
+
+
+def test_against_real_images_a_distance_says_how_sure_it_is(noisy, tmp_path):
+    """Images of three methods, each noisier than the one before: so many errors above what is unpatched."""
+    from methods import METHODS as known  # noqa: PLC0415
+    from quality import folder_of, measure  # noqa: PLC0415
+    from tables import quality_rows  # noqa: PLC0415
+
+    args = SimpleNamespace(
+        folder=tmp_path, images=32, real=noisy[0], emoji=None, extractor="efficientnet-lite0", clip=None
+    )
+    methods = {name: known[name] for name in ("unpatched", *METHODS)}
+    for name, source in zip(methods, noisy, strict=True):
+        folder_of(args, name).symlink_to(source)
+    result = measure(args, methods, [""] * 32)
+    _, *rows = (row["metrics"] for row in result["rows"])
+    above, error = (f"FD-EffNetLite0 above unpatched{what}" for what in ("", ", standard error"))
+    assert rows[0][above] < rows[1][above]
+    assert all(0 < row[error] < row[above] for row in rows)
+    heading, *shown = quality_rows(result)
+    assert above in heading and error not in heading
+    assert ["±" in row[heading.index(above)] for row in shown] == [False, True, True]
 
 
 def test_resumed_equals_uninterrupted(images, tmp_path):
@@ -280,6 +302,13 @@ def test_methods_share_calls_that_only_come_more_or_less_often():
     alike = {name: Calls(method, 50).alike for name, method in METHODS.items()}
     assert all(alike[name] == alike[other] for name, other in shared.items())
     assert len(set(alike.values())) == len(METHODS) - len(shared)  # and no others do
+
+
+def test_a_share_of_the_trajectory_stands_alone():
+    from methods import agent, together, tome  # noqa: PLC0415
+
+    with pytest.raises(ValueError, match=r"interval 0.125: give it in calls"):
+        together(tome(0.4), agent(preset="balanced"))
 
 
 def test_speed_is_that_of_the_steps_whose_quality_is_shown():
