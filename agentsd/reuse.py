@@ -33,9 +33,9 @@ def interval_of(interval: float, calls: int | None = None) -> int:
 def is_whole(call: int, interval: int, order: int, left: int | None = None) -> bool:
     """Whether the ``call``-th call of a trajectory, from 0, runs the whole UNet; ``left`` calls come after it.
 
-    Every ``interval``-th does. Where features are extrapolated (``order`` 1) the second does, too, since
-    features move fastest in the first steps; and the others are counted back from the last call but
-    one, which gives the image its texture (benchmarks/NOTES.md).
+    Every ``interval``-th does. Where features are extrapolated (``order`` 1) the second does, too, since features move
+    fastest in the first steps; and the others are counted back from the last call but one,
+    which gives the image its texture (benchmarks/NOTES.md).
     """
     if order == 0:
         return call % interval == 0
@@ -149,14 +149,14 @@ class Reuse:
             self.forget()
             self._repeat = 0
         else:
-            if self._crowded and call > self._call:
+            if call > self._call and self._crowded:
                 warnings.warn(
                     f"agentsd reuses no features: a step makes more than {MOST_LANES} calls of one shape, and nothing "
                     "says which of the last step's each follows. Give their samples in fewer, larger calls.",
                     stacklevel=2,
                 )
-                self.forget()
-            elif call > self._call and self._repeat + 1 < len(self.lanes):  # and which lanes it left out, neither
+            # nor does anything say whose the lanes are after a step that left some out
+            if call > self._call and (self._crowded or self._repeat + 1 < len(self.lanes)):
                 self.forget()
             self._repeat = self._repeat + 1 if call == self._call else 0
         self._trajectory, self._call = trajectory, call
