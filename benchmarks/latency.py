@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, flops
 from card import card, errors_in_one_line, write_json
+from counting import counted
 from methods import Method, chosen
 from rich.progress import Progress
 from tables import latency_rows, print_table, profile_rows
-from timing import DTYPES, Denoiser, Timed, WholePipeline, counted
+from timing import DTYPES, Denoiser, Timed, WholePipeline
 
 STEPS = 50
 RESULTS = Path(__file__).parent.parent / "runs" / "results"
@@ -80,7 +81,7 @@ def mean(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
     """A round's baseline, timed before and after all methods: a machine that slows down or speeds up favours none."""
     calls = {kind: (seconds + last["calls"][kind]) / 2 for kind, seconds in first["calls"].items()}
     schedule = (first["schedule"] + last["schedule"]) / 2
-    return {"calls": calls, "schedule": schedule, "peak_mb": max(first["peak_mb"], last["peak_mb"])}
+    return {**first, "calls": calls, "schedule": schedule}
 
 
 def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[
         "schedule": statistics.median(r["schedule"] for r in rounds),
         "speedup": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
-        "peak_mb": max(r["peak_mb"] for r in rounds),
+        "peak_mb": max((r["peak_mb"] for r in rounds if r["peak_mb"]), default=None),
         "rounds": rounds,
     }
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import psutil
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -18,32 +15,20 @@ import agentsd.block
 
 
 class PeakMemory:
-    """The most that was allocated: CUDA's allocator, or on a CPU the growth of the resident set, sampled."""
+    """The most that CUDA's allocator held, in MB. None on a CPU: `counting.LiveMemory` says what tensors hold."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.cuda = device, device.startswith("cuda")
-        self.peak_mb = 0.0
+        self.device = device
+        self.peak_mb: float | None = None
 
     def __enter__(self) -> PeakMemory:
-        if self.cuda:
+        if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
-            return self
-        self._process, self._done = psutil.Process(os.getpid()), threading.Event()
-        self._start = self._process.memory_info().rss
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
         return self
 
-    def _sample(self) -> None:
-        while not self._done.wait(0.02):
-            self.peak_mb = max(self.peak_mb, (self._process.memory_info().rss - self._start) / 2**20)
-
     def __exit__(self, *_: object) -> None:
-        if self.cuda:
+        if self.device.startswith("cuda"):
             self.peak_mb = torch.cuda.max_memory_allocated(self.device) / 2**20
-        else:
-            self._done.set()
-            self._thread.join()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""How much less is there to compute? Operations of a denoiser call, counted by torch without computing any.
+"""How much less is there to compute, and to hold in memory? Both counted, of a denoiser call that computes nothing.
 
 Exact, the same on every machine, and at any size: what a method saves where arithmetic is all that costs. What it
-saves in seconds, `latency.py` measures.
+saves in seconds, `latency.py` measures. The memory is that of the tensors of a call, with the features that are kept
+for later ones, and without the weights.
 
     python benchmarks/operations.py --model sd15 --size 256 512 1024 2048
     python benchmarks/operations.py --model sdxl --size 1024
@@ -14,10 +15,10 @@ from pathlib import Path
 
 from architectures import ARCHITECTURES
 from card import card, errors_in_one_line, write_json
+from counting import counted
 from latency import RESULTS
 from methods import chosen
 from tables import operations_rows, print_table
-from timing import counted
 
 
 def main() -> None:

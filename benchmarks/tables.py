@@ -17,7 +17,6 @@ ABOVE = " above unpatched"
 
 def latency_rows(result: dict[str, Any]) -> Rows:
     steps = result["settings"]["steps"]
-    # of a CPU it is the growth of the resident set, too rough for a table; the JSON has it
     memory = ("peak, GB",) if result["hardware"].get("gpu") else ()
     calls = ("early call, s", "late call, s", "cheap call, s")
     counted = ("FLOPs",) if all("operations" in row for row in result["rows"]) else ()
@@ -47,12 +46,12 @@ def latency_rows(result: dict[str, Any]) -> Rows:
 
 def operations_rows(result: dict[str, Any]) -> Rows:
     kinds = ("early whole", "late whole", "early cheap", "late cheap")
-    rows: Rows = [("method", "r %", *(f"{kind}, TFLOP" for kind in kinds), "of the schedule", "ratio")]
+    rows: Rows = [("method", "r %", *(f"{kind}, TFLOP" for kind in kinds), "of the schedule", "ratio", "peak, MB")]
     for row in result["rows"]:
         calls = [f"{row['calls'][kind] / 1e12:.3f}" if kind in row["calls"] else "" for kind in kinds]
         share = row["schedule"] / result["rows"][0]["schedule"]
         ratio = f"{100 * row['ratio']:.0f}" if row["ratio"] else ""
-        rows.append((row["method"], ratio, *calls, f"{share:.1%}", f"{1 / share:.2f}x"))
+        rows.append((row["method"], ratio, *calls, f"{share:.1%}", f"{1 / share:.2f}x", f"{row['peak_mb']:,.0f}"))
     return rows
 
 

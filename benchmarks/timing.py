@@ -1,4 +1,4 @@
-"""What is timed: single UNet calls, or whole images; or instead of timing them, their operations are counted."""
+"""What is timed: single UNet calls, or whole images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from architectures import load_unet, random_inputs
 from diffusers import DiffusionPipeline
 from measure import PeakMemory, breakdown
 from methods import PHASES, Calls, Method, trajectory
-from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Timed = dict[str, tuple[dict[str, float], float]]  # what a round has timed, by `Calls.alike`
+Timed = dict[str, tuple[dict[str, float], float | None]]  # what a round has timed, by `Calls.alike`
 
 
 class Denoiser:
@@ -43,10 +42,13 @@ class Denoiser:
         seconds, peak_mb = timed[calls.alike]
         return {"calls": seconds, "schedule": calls.schedule(seconds), "peak_mb": peak_mb}
 
-    def time(self, method: Method, calls: Calls) -> tuple[dict[str, float], float]:
+    def memory(self) -> Any:
+        return PeakMemory(self.args.device)
+
+    def time(self, method: Method, calls: Calls) -> tuple[dict[str, float], float | None]:
         """Seconds of a call of each kind, and the peak memory of all of them in MB."""
         seconds: dict[str, float] = {}
-        with PeakMemory(self.args.device) as memory:
+        with self.memory() as memory:
             for phase in PHASES:
                 undo = method.at(self.args.steps).apply(self)
                 try:
@@ -81,26 +83,6 @@ class Denoiser:
         if calls.alike not in self.profiles:
             self.profiles[calls.alike] = breakdown(seconds, self.unet)
         return self.profiles[calls.alike]
-
-
-class Operations(Denoiser):
-    """Counts the floating-point operations of single UNet calls by torch's own counter, and computes nothing."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(argparse.Namespace(**{**vars(args), "device": "meta", "compile": False}))
-
-    @torch.inference_mode()
-    def call(self, place: int) -> float:
-        with FlopCounterMode(display=False) as counter:
-            self.unet(self.sample, self.timesteps[place], self.text, **self.extra)
-        return float(counter.get_total_flops())
-
-
-def counted(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, dict[str, Any]]:
-    """By method, the operations of a call of each kind, and of the schedule. No machine is in them, and no noise."""
-    bench, shared = Operations(args), Timed()
-    rounds = {name: bench.round(method, shared) for name, method in methods.items()}
-    return {name: {"calls": found["calls"], "schedule": found["schedule"]} for name, found in rounds.items()}
 
 
 class WholePipeline:

@@ -340,15 +340,53 @@ def test_results_of_other_machines_are_other_plots():
     assert len(plots(results)) == len(everywhere)
 
 
+def count(size: int, *names: str) -> dict:
+    from counting import counted  # noqa: PLC0415
+    from methods import METHODS  # noqa: PLC0415
+
+    settings = {"model": "sd15", "size": size, "batch": 1, "steps": 10, "dtype": "float32", "device": "cpu"}
+    return counted(SimpleNamespace(**settings, compile=False), {name: METHODS[name] for name in names})
+
+
+def test_live_memory():
+    """Views and what was there before hold nothing, and what is let go counts until then."""
+    from counting import LiveMemory  # noqa: PLC0415
+
+    mega = torch.empty(2**18, device="meta")
+    with LiveMemory() as memory:
+        view = mega.view(2, -1)[0]
+        assert memory.peak_mb == 0
+        three = torch.cat((mega, mega, mega))
+        assert memory.peak_mb == 3
+        del three
+        two = mega + mega.mul_(2) + view[0]  # a sum, and one of it
+        assert memory.peak_mb == 3
+        kept = [two, two.repeat(3)]
+        assert memory.peak_mb == 4
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024, 2048])
+def test_memory_of_a_call_does_not_grow(size):
+    """Beyond the indices of tokens: two for each token and block, and those of one matching."""
+    unpatched, *patched = (
+        found["peak_mb"]
+        for found in count(
+            size,
+            "unpatched",
+            "agentsd r=0.4 (the paper's schedule)",
+            "agentsd r=0.4, merging in all steps",
+            "agentsd r=0.4, MLP and cross-attention merged, too",
+            "agentsd few_steps",
+        ).values()
+    )
+    assert max(patched) <= unpatched * 1.005
+
+
 def test_operations():
     """Counted, not timed: so with no attention at the top there is less than with any patch of it."""
-    from methods import METHODS  # noqa: PLC0415
-    from timing import counted  # noqa: PLC0415
-
     names = ("unpatched", "agentsd r=0.4 (the paper's schedule)", "no self-attention at the top (the limit)")
-    settings = {"model": "sd15", "size": 128, "batch": 1, "steps": 10, "dtype": "float32", "device": "cpu"}
-    args = SimpleNamespace(**settings, compile=False)
-    found = counted(args, {name: METHODS[name] for name in (*names, "agentsd balanced")})
+    found = count(128, *names, "agentsd balanced")
     plain, paper, limit = (found[name]["schedule"] for name in names)
     assert plain > paper > limit
     whole, cheap = found["agentsd balanced"]["calls"].values()
