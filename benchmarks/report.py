@@ -23,9 +23,10 @@ INTRODUCTION = """# Results
 Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. Measured on
 CPUs alone: speed on the real architectures with random weights, quality on the demo model, whose 32x32 latents have
 1,024 tokens. Speed-ups are medians of ratios taken within a round, against PyTorch's fused attention; the range is
-that of the rounds. What the paper measured (an RTX 4090, naive attention) is in the README, and is labelled so. Nobody
-has measured yet, to our knowledge: FID of this implementation with trained Stable Diffusion weights, and its speed on
-a GPU against fused attention.
+that of the rounds. Operations and the peak of memory are counted: of the tensors of a call and of the features that it
+keeps, without weights and the workspace of kernels. What the paper measured (an RTX 4090, naive attention) is in the
+README, and is labelled so. Nobody has measured yet, to our knowledge: FID of this implementation with trained Stable
+Diffusion weights, and its speed on a GPU against fused attention.
 """
 PROFILE = "Where the time goes, in all calls of a round together: a schedule has fewer whole ones to each cheap one."
 STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
