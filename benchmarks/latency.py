@@ -81,7 +81,12 @@ def mean(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
     """A round's baseline, timed before and after all methods: a machine that slows down or speeds up favours none."""
     calls = {kind: (seconds + last["calls"][kind]) / 2 for kind, seconds in first["calls"].items()}
     schedule = (first["schedule"] + last["schedule"]) / 2
-    return {**first, "calls": calls, "schedule": schedule}
+    return {"calls": calls, "schedule": schedule, "peak_mb": highest(first, last)}
+
+
+def highest(*rounds: dict[str, Any]) -> float | None:
+    """The peak memory of all of them; None where it is not measured."""
+    return max((found["peak_mb"] for found in rounds if found["peak_mb"] is not None), default=None)
 
 
 def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[
         "schedule": statistics.median(r["schedule"] for r in rounds),
         "speedup": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
-        "peak_mb": max((r["peak_mb"] for r in rounds if r["peak_mb"]), default=None),
+        "peak_mb": highest(*rounds),
         "rounds": rounds,
     }
 
