@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, cast
 
+import torch
 from diffusers.models import attention_processor as diffusers_processors
 from torch import Tensor
 
 from agentsd.attention import agent_attention
+from agentsd.planner import Now
+from agentsd.schedule import Counts
 
 # What agent attention may stand in for: the processors that compute plain self-attention, each in its own way.
 PLAIN_PROCESSORS = tuple(
@@ -38,32 +44,81 @@ def can_sample_kv(attn: Any) -> bool:
     return type(attn.processor) in PLAIN_PROCESSORS and type(attn.processor).__name__ != "FusedAttnProcessor2_0"
 
 
+def keeps_outputs(layer: Any) -> bool:
+    """Whether somebody stands in for the layer's ``forward``, and may keep what it gives for a later call.
+
+    Outputs of merged tokens fit no other call: each has an order of its own. accelerate keeps none.
+    """
+    return "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+
+
+def possible(attn: Any, counts: Counts, merges: bool) -> tuple[Counts, str]:
+    """What ``attn`` can do of what is planned for its tokens, and why no more. It may be gone since."""
+    if attn is None:
+        return Counts(counts.tokens), "unchanged: the block has been replaced since"
+    if counts.keys and not can_sample_kv(attn):
+        return Counts(counts.tokens), f"unchanged: {type(attn.processor).__name__} cannot sample keys and values"
+    if counts.merged and not merges:
+        return counts, "no agents: self-attention is not merged"
+    if counts.merged and keeps_outputs(attn):
+        return Counts(counts.tokens), "unchanged: somebody else's code stands in for its self-attention"
+    if counts.agents and not can_use_agents(attn):
+        kept = f"no agents: {type(attn.processor).__name__} is kept and gets merged tokens"
+        return replace(counts, agents=0), kept
+    return counts, ""
+
+
 class AgentAttnProcessor:
     """Agent attention for single calls of an attention layer.
 
     It puts the layer's own processor back before it computes, so that between calls, and after any error, each layer
     has the very processor that its user gave it: what diffusers does to processors (adapters, fusing, slicing, other
-    back ends) works as without a patch, and there is nothing to undo.
+    back ends) works as without a patch, and there is nothing to undo. A call of another thread that meets it in the
+    meantime gets the layer's own.
 
     Args:
+        now: whose running block has the agents.
         k_scale2, k_shortcut: the constants of `agent_attention`.
     """
 
-    def __init__(self, k_scale2: float, k_shortcut: float) -> None:
+    def __init__(self, now: Now, k_scale2: float, k_shortcut: float) -> None:
         self.k_scale2 = k_scale2
         self.k_shortcut = k_shortcut
+        self._now = now
         self._own: Any = None
-        self.agents: Tensor | None = None  # (B, A, C), of the call taken over
+        self._calls = 0  # that have taken the layer over, and not come yet
+        self._lock = threading.Lock()
 
-    def take_over(self, attn: Any, agents: Tensor) -> None:
-        """Compute the next call of ``attn``, with ``agents`` (B, A, C), before projection."""
-        self._own, attn.processor, self.agents = attn.processor, self, agents
+    def __getstate__(self) -> dict[str, Any]:
+        return {"now": self._now, "k_scale2": self.k_scale2, "k_shortcut": self.k_shortcut}
 
-    def give_back(self, attn: Any) -> None:
-        """Put the layer's own processor back, if it is taken over, and forget the agents."""
-        if attn.processor is self:
-            attn.processor = self._own
-        self._own = self.agents = None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        AgentAttnProcessor.__init__(self, **state)
+
+    @property
+    def agents(self) -> Tensor | None:
+        """(B, A, C), before projection, of the present thread's call; None where it has taken nothing over."""
+        running = self._now.call.running if self._now.call is not None else None
+        return running.agents if running is not None else None
+
+    def _taken_up(self) -> None:
+        call = self._now.call
+        if call is not None and call.running is not None:
+            call.running.agents = None
+
+    def take_over(self, attn: Any) -> None:
+        """Compute the next call of ``attn`` in this thread."""
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            if attn.processor is not self:
+                self._own, attn.processor = attn.processor, self
+            self._calls += 1
+
+    def give_back(self, attn: Any, calls: int = 1) -> None:
+        """Put the layer's own processor back, unless more than ``calls`` are to come."""
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            self._calls = max(self._calls - calls, 0)
+            if not self._calls and attn.processor is self:
+                attn.processor = self._own
 
     def __call__(
         self,
@@ -71,9 +126,13 @@ class AgentAttnProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
     ) -> Tensor:
         """(B, M, C) merged tokens -> (B, M, C)."""
         tokens = self.agents
+        if tokens is None:
+            return cast(Tensor, self._own(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+        self._taken_up()
         self.give_back(attn)
         query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(tokens))
         key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))

@@ -127,7 +127,8 @@ def kind(request) -> str:
 @pytest.fixture(autouse=True)
 def small_layers_are_patched(monkeypatch):
     """The tests' models have fewer tokens than layers that are patched by default."""
-    monkeypatch.setitem(agentsd.apply_patch.__wrapped__.__kwdefaults__, "min_tokens", 0)
+    of = agentsd.Settings.of
+    monkeypatch.setattr(agentsd.Settings, "of", lambda preset, given: of(preset, {"min_tokens": 0, **given}))
 
 
 @pytest.fixture(autouse=True)

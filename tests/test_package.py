@@ -26,7 +26,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"agentsd/{path.name}" for path in (ROOT / "agentsd").glob("*.py")} | {"agentsd/py.typed"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "agentsd").rglob("*.py")} | {"agentsd/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert wheel.name == f"agentsd-{agentsd.__version__}-py3-none-any.whl"
 
