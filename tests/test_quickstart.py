@@ -17,15 +17,11 @@ DEMO_MODEL = ROOT / "examples" / "demo_model"
 EXAMPLES = ROOT / "examples"
 
 
-def quickstart(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--no-real-size", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_quickstart(tmp_path):
     picture = tmp_path / "out.png"
     prompts = ["red apple on a blue background", "cat on a pink background"]
-    result = quickstart("--steps", "3", "--prompt", *prompts, "--out", str(picture))
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--no-real-size", "--steps", "3", "--prompt", *prompts]
+    result = subprocess.run([*command, "--out", str(picture)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for words in ("2 images of 128x128, 3 steps", "speed-up", "PSNR to unpatched", "transformer blocks patched"):
         assert words in result.stdout
@@ -45,8 +41,8 @@ def test_quickstart(tmp_path):
         (["--steps", "0"], "--steps"),
     ],
 )
-def test_wrong_arguments_are_said_in_one_line(arguments, message):
-    result = quickstart(*arguments)
+def test_wrong_arguments_are_said_in_one_line(run_script, arguments, message):
+    result = run_script(EXAMPLES / "quickstart.py", "--no-real-size", *arguments)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
