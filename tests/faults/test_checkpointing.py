@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from conftest import make_unet, unet_inputs
+from situations import sweep
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import agentsd
@@ -109,23 +110,9 @@ def gradients(settings, order, reentrant=None):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
-@pytest.mark.parametrize("name", ["agents", "sampling", "reuse", "every layer"])
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents"]))
 def test_gradients_in_any_order_of_passes(name, order, reentrant):
     """Equal to those without checkpointing, or an error of ours says that this is not possible."""
-    check(name, order, reentrant)
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
-@pytest.mark.parametrize("name", SETTINGS)
-def test_gradients_with_every_setting(name, order, reentrant):
-    """The same for the settings that differ little."""
-    check(name, order, reentrant)
-
-
-def check(name, order, reentrant):
     expected = gradients(SETTINGS[name], order)
     try:
         found = gradients(SETTINGS[name], order, reentrant)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import make_unet, unet_inputs
-from situations import SETTINGS
+from situations import SETTINGS, sweep
 
 import agentsd
 
@@ -106,7 +106,7 @@ HOW = {
 }
 
 
-@pytest.mark.parametrize("name", ["agents", "reuse"])
+@pytest.mark.parametrize("name", sweep(["agents", "reuse"]))
 @pytest.mark.parametrize("how", HOW)
 def test_a_patch_that_comes_after_the_first_run(how, name):
     """The compiled function is given the patch, and loses it again."""
@@ -121,8 +121,8 @@ def test_a_patch_that_comes_after_the_first_run(how, name):
     torch.testing.assert_close(outputs(function), plain)
 
 
-@pytest.mark.parametrize("name", ["agents", "reuse"])
-@pytest.mark.parametrize("how", set(HOW) - {"its forward, kept beside it"})
+@pytest.mark.parametrize("name", sweep(["agents", "reuse"], ["reuse"]))
+@pytest.mark.parametrize("how", sweep([how for how in HOW if "beside" not in how], ["its forward, in its place"]))
 def test_a_patch_that_was_there_before_the_first_run(how, name):
     """Patched, compiled, run; then another patch in its place, and none."""
     unet = make_unet()
@@ -179,8 +179,8 @@ TRACED = {**SETTINGS, "merging alone": {"seed": 0, "agent_steps": 0}, "without d
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warmed up"])
-@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("warm", sweep([False, True], [True]))
+@pytest.mark.parametrize("name", sweep(TRACED, ["agents", "reuse", "merging alone"]))
 @pytest.mark.parametrize("how", TRACERS)
 def test_a_traced_unet_is_right_in_every_phase_or_refused(how, name, warm):
     """One phase or one draw as a constant would be wrong in the others: then an error says what to do."""
@@ -201,7 +201,7 @@ def test_a_traced_unet_is_right_in_every_phase_or_refused(how, name, warm):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["agents", "reuse", "sampling"])
+@pytest.mark.parametrize("name", sweep(["agents", "reuse", "sampling"]))
 @pytest.mark.parametrize("how", TRACERS)
 def test_tracing_leaves_a_unet_that_works(how, name):
     """After it, whether it was refused or not, eager calls are right and removal is complete."""
@@ -216,7 +216,7 @@ def test_tracing_leaves_a_unet_that_works(how, name):
     assert torch.equal(outputs(unet), plain)
 
 
-@pytest.mark.parametrize("how", TRACERS)
+@pytest.mark.parametrize("how", sweep(TRACERS, ["torch.jit.trace"]))
 def test_a_unet_whose_patch_is_removed_can_be_traced(how):
     """As if it had never been patched."""
     unet = make_unet()

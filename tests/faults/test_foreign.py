@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from checks import distance
 from conftest import image, make_pipeline, make_unet, unet_inputs
 from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, apply_faster_cache, apply_pyramid_attention_broadcast
 from diffusers.models.attention import BasicTransformerBlock
-from situations import SETTINGS, inputs_of, warned
+from situations import SETTINGS, distance, inputs_of, sweep, warned
 
 import agentsd
-
-KEEPS_ALL_TOKENS = ("sampling", "reuse", "balanced")
 
 
 def blocks_of(unet):
@@ -66,8 +63,8 @@ def referenced(unet, reference, strength: float, timestep=801):
     return unet(**unet_inputs(timestep=timestep)).sample
 
 
-@pytest.mark.parametrize("timestep", [801, 101])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("timestep", sweep([801, 101], [801]))
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "sampling"]))
 @pytest.mark.parametrize("how", ["keyword", "positional", "hook"])
 def test_a_reference_image_keeps_its_effect(how, name, timestep):
     """What another reference changes is changed under the patch alike: far more than the patch itself changes."""
@@ -97,7 +94,7 @@ def test_given_keys_are_not_sampled_and_it_is_said_once(how):
     assert len(messages) == len(set(messages)) > 0
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", sweep(SETTINGS))
 def test_a_reference_hooked_in_after_the_patch(name):
     """The order of patch and reference does not matter."""
     unet = agentsd.apply_patch(make_unet(), **SETTINGS[name])
@@ -184,7 +181,7 @@ def outputs(unet) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("order", ["cache first", "patch first"])
-@pytest.mark.parametrize("name", ["agents", "merging", "sampling"])
+@pytest.mark.parametrize("name", sweep(["agents", "merging", "sampling"], ["merging", "sampling"]))
 @pytest.mark.parametrize("cache", CACHES)
 def test_cached_attention_of_somebody_else(cache, name, order):
     """Outputs of an older call fit the tokens of that call alone: both errors together are no more than their sum."""

@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import image, make_pipeline, make_unet, unet_inputs
 from diffusers import StableDiffusionPipeline
-from situations import SETTINGS, hooks_and_attributes, inputs_of
+from situations import SETTINGS, hooks_and_attributes, inputs_of, sweep
 from zoo import PIPELINES, make_controlnet, runner
 
 import agentsd
@@ -192,8 +192,8 @@ def outputs(unet) -> torch.Tensor:
     return torch.cat([unet(**inputs_of(0, timestep=t)).sample for t in (900, 800, 700, 200)])
 
 
-@pytest.mark.parametrize("called", [False, True], ids=["not called", "called"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("called", sweep([False, True], [True]))
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "reuse"]))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_modules_replaced_after_the_patch(change, name, called):
     """Reported, patched again, and removed without an error; old and new modules keep nothing of ours."""
@@ -216,7 +216,7 @@ def test_modules_replaced_after_the_patch(change, name, called):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["agents", "balanced"])
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["balanced"]))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_unet_that_was_changed_under_its_patch_can_be_patched_anew(change, name):
     """The new patch is the one that the changed UNet would get."""
@@ -265,7 +265,7 @@ def test_split_inference_of_long_videos(name, order):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in pipe.unet.modules())
 
 
-@pytest.mark.parametrize("name", ["agents", "reuse", "balanced"])
+@pytest.mark.parametrize("name", sweep(SETTINGS))
 def test_offload_hooks_that_outlive_the_patch(name):
     """accelerate keeps each module's forward and puts it back later: three rounds add up to nothing."""
     unet = make_unet()
@@ -314,7 +314,7 @@ def around(forward):
     return own
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", sweep(SETTINGS))
 def test_a_forward_of_the_user_s(name):
     """Set before the patch it is there after it; set over the patch it stays, and ours in it does nothing."""
     unet = make_unet()
@@ -332,15 +332,15 @@ def test_a_forward_of_the_user_s(name):
     assert torch.equal(outputs(unet), expected)
 
 
-def test_removal_in_the_middle_of_an_image_and_of_a_call():
-    """By a hook of the user's, deep inside of a call: the call ends, and the next is unpatched."""
-    for name, settings in SETTINGS.items():
-        unet = make_unet()
-        plain = outputs(unet)
-        agentsd.apply_patch(unet, **settings)
-        unet(**unet_inputs(timestep=950))
-        layer = unet.up_blocks[1].attentions[1].transformer_blocks[0].attn1.to_q
-        handle = layer.register_forward_pre_hook(lambda *_, unet=unet: agentsd.remove_patch(unet) and None)
-        assert unet(**unet_inputs(timestep=900)).sample.isfinite().all(), name
-        handle.remove()
-        assert torch.equal(outputs(unet), plain), name
+@pytest.mark.parametrize("name", SETTINGS)
+def test_removal_in_the_middle_of_a_call(name):
+    """By a hook of the user's, deep inside of the call: this ends, and the next one is unpatched."""
+    unet = make_unet()
+    plain = outputs(unet)
+    agentsd.apply_patch(unet, **SETTINGS[name])
+    unet(**unet_inputs(timestep=950))
+    layer = unet.up_blocks[1].attentions[1].transformer_blocks[0].attn1.to_q
+    handle = layer.register_forward_pre_hook(lambda *_: agentsd.remove_patch(unet) and None)
+    assert unet(**unet_inputs(timestep=900)).sample.isfinite().all()
+    handle.remove()
+    assert torch.equal(outputs(unet), plain)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import distance
 from conftest import image, make_pipeline, make_scheduler, make_unet, unet_inputs
 from diffusers import EulerDiscreteScheduler
 from diffusers.models.attention import BasicTransformerBlock
-from situations import SETTINGS, warned
+from situations import SETTINGS, distance, sweep, warned
 
 import agentsd
 
@@ -47,8 +46,8 @@ def deep_shrink(unet, until: float = 600, block: int = 1) -> None:
         up.register_forward_pre_hook(grow, with_kwargs=True)
 
 
-@pytest.mark.parametrize("most", [None, 2])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("most", sweep([None, 2], [None]))
+@pytest.mark.parametrize("name", sweep(SETTINGS))
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_deep_shrink(kind, name, most):
     """Images are made, near the unpatched ones, and twice the same; no warning comes twice."""
@@ -81,7 +80,7 @@ def longer_attention(unet) -> None:
 
 
 @pytest.mark.parametrize("order", ["before the patch", "after the patch"])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "sampling"]))
 def test_attention_over_more_tokens_than_the_block_has(name, order):
     """Such a layer runs unpatched, and one warning a layer says so."""
     unet, bare = make_unet(), make_unet()
@@ -114,13 +113,13 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 17), (17, 19), (15, 18)])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("height", "width"), sweep([(16, 16), (17, 17), (17, 19), (15, 18)], [(17, 19)]))
+@pytest.mark.parametrize("name", sweep(SETTINGS))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_odd_latents(shape, name, size):
+def test_odd_latents(shape, name, height, width):
     """Whatever the layers make of an odd size, the grid is theirs or they are left alone."""
     unet = make_unet(**SHAPES[shape])
-    calls = [unet_inputs(timestep=t, height=size[0], width=size[1]) for t in (900, 880, 100)]
+    calls = [unet_inputs(timestep=t, height=height, width=width) for t in (900, 880, 100)]
     plain = torch.cat([unet(**call).sample for call in calls])
     agentsd.apply_patch(unet, **SETTINGS[name], max_downsample=4)
     with warned() as messages:

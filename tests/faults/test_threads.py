@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import image, make_pipeline
-from situations import REUSING, SETTINGS, inputs_of, is_one_of, pair, scheduler, sibling
+from situations import MAIN, REUSING, SETTINGS, inputs_of, is_one_of, pair, scheduler, sibling, sweep
 
 import agentsd
 
@@ -104,28 +104,28 @@ def test_threads_on_an_unpatched_unet(where):
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("kind", ["DDIM", "Euler"])
+@pytest.mark.parametrize("name", sweep(SETTINGS))
+@pytest.mark.parametrize("kind", sweep(["DDIM", "Euler", "Heun"], ["DDIM"]))
 def test_two_threads_with_a_pipeline_each(kind, name, where):
     """Bit for bit what each thread gives alone, wherever one overtakes the other."""
     check(kind, SETTINGS[name], [{"seed": seed} for seed in range(2)], where)
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", ["agents", "balanced"])
+@pytest.mark.parametrize("name", sweep(MAIN, ["balanced"]))
 def test_four_threads_on_a_unet_that_was_patched_alone(name, where):
     """Patched through the UNet, no thread's scheduler is known beforehand."""
     check("DDIM", SETTINGS[name], [{"seed": seed} for seed in range(4)], where, through="UNet")
 
 
-@pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("where", sweep(WHERE, ["inside of calls"]))
+@pytest.mark.parametrize("name", sweep(SETTINGS))
 def test_two_threads_of_different_sizes(name, where):
     """A plan for one size never meets the tokens of another."""
     check("DDIM", SETTINGS[name], [{"height": size, "width": size} for size in (16, 24)], where)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", sweep(SETTINGS))
 def test_threads_leave_a_unet_that_can_be_unpatched(name):
     """After concurrent images the next one is right, and removal gives the unpatched image back."""
     pipe, other = pair()
@@ -170,7 +170,7 @@ def in_turns(unet, order, users, kinds=("DDIM", "DDIM")):
 
 @pytest.mark.parametrize("through", ["pipeline", "UNet"])
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("name", REUSING)
+@pytest.mark.parametrize("name", sweep(REUSING, ["reuse"]))
 def test_nothing_of_one_loop_shows_in_the_other(name, order, through):
     """Two images whose calls come in turns: another second image leaves the first as it was."""
     found = []
@@ -183,7 +183,7 @@ def test_nothing_of_one_loop_shows_in_the_other(name, order, through):
 
 @pytest.mark.parametrize("kinds", [("DDIM", "DDIM"), ("DDIM", "Euler"), ("Heun", "DDIM")], ids=str)
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("name", ["agents", "sampling"])
+@pytest.mark.parametrize("name", sweep(["agents", "sampling"]))
 def test_without_reuse_loops_in_turns_are_each_alone(name, order, kinds):
     """Phase and draw follow each loop's own timesteps."""
     alone = [[*user_loop(agentsd.apply_patch(make_pipeline(), **SETTINGS[name]).unet, user, kind=kind)][5]
