@@ -133,7 +133,8 @@ def main() -> None:
             images = drawn(wanted, args, method, args.out / label)
             columns = 14 if len(images) % 14 == 0 else 8
             rest = -len(images) % columns
-            grid = make_image_grid(images + images[:rest], (len(images) + rest) // columns, columns, resize=96)
+            blank = [Image.new("RGB", images[0].size, "white")] * rest
+            grid = make_image_grid(images + blank, (len(images) + rest) // columns, columns, resize=96)
             grid.save(args.out / f"{label}.png")
             if features:
                 figures[method] = share_right(wanted, images)

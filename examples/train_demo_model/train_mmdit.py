@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int)
     length.add_argument("--seconds", type=float, help="of the clock, loading included, all runs together")
-    parser.add_argument("--first", type=float, default=0.35, help="share of the training that sees 64 pixels")
+    parser.add_argument("--first", type=float, default=0.3, help="share of the training that sees 64 pixels")
     parser.add_argument("--batch", type=int, default=128, help="scenes of a step; of 64 pixels four times as many")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the training that decays the rate")
@@ -193,15 +193,15 @@ def main() -> None:
     seconds = lambda: time.time() - began
     share = lambda: seconds() / args.seconds if args.seconds else trainer.number / args.steps
 
-    def deliver(name: str) -> None:
+    def deliver(percent: int) -> None:
         (args.out / "loss.json").write_text(json.dumps(losses))
         pipe = pipeline(trainer.average.module, vae, tokenizer)
         save(pipe, args.out / "pipeline")
         if args.device == "cpu":
             pipe.to(torch.float32)
-        preview(pipe, PREVIEW, num_inference_steps=args.draw_steps, guidance_scale=4.0, max_sequence_length=0).save(
-            args.out / f"preview_{name}.png"
-        )
+        call = {"num_inference_steps": args.draw_steps, "guidance_scale": 4.0, "max_sequence_length": 0}
+        preview(pipe, PREVIEW, **call).save(args.out / f"preview_{percent}.png")
+        print(f"saved at {percent} %, {seconds():.0f} s", flush=True)
 
     done = share()
     marks = [mark for mark in MARKS if mark > done]
@@ -222,7 +222,7 @@ def main() -> None:
             recent.clear()
             print("step {} seconds {} loss {}".format(*losses[-1]), flush=True)
         if marks and done >= marks[0]:
-            deliver(f"{100 * marks.pop(0):.0f}")
+            deliver(round(100 * marks.pop(0)))
         if time.time() - saved > 60 * args.minutes or done >= 1:
             state = {"trainer": trainer.state_dict(), "losses": losses, "seconds": seconds()}
             write_checkpoint(state, checkpoint)
