@@ -29,7 +29,7 @@ def orthogonalized(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, scaled to the size of an AdamW update (Liu et al. 2025, arXiv 2502.16982).
 
-    So one learning rate serves this and AdamW, which takes the parameters that are no matrices.
+    AdamW takes the parameters that are no matrices.
 
     Args:
         parameters: matrices, ``(rows, columns)``.

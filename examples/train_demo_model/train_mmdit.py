@@ -29,7 +29,16 @@ from diffusers import (
 )
 from muon import Muon
 from scenes import CANVAS, Scenes
-from training import PREVIEW, Data, averaged, preview, save, spread_words, text_encoder_config, write_checkpoint
+from training import (
+    PREVIEW,
+    Data,
+    preview,
+    save,
+    spread_words,
+    text_encoder_config,
+    update_average,
+    write_checkpoint,
+)
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo_model"
@@ -38,6 +47,7 @@ HEAD = 64  # channels of a head
 ENCODERS = {"text_encoder": (128, 3), "text_encoder_2": (64, 2)}  # width, layers
 SHIFT = 2.0  # of the noise levels, in training and in sampling: the caption decides in the noisy ones
 T5_TOKENS = 256  # zeros that StableDiffusion3Pipeline appends by default where there is no third text encoder
+MUON = 4  # its learning rate in units of AdamW's
 MARKS = (0.4, 0.7, 1.0)  # shares of the training after which the model is saved
 
 
@@ -52,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     length.add_argument("--seconds", type=float, help="of the clock, loading included, all runs together")
     parser.add_argument("--first", type=float, default=0.3, help="share of the training that sees 64 pixels")
     parser.add_argument("--batch", type=int, default=128, help="scenes of a step; of 64 pixels four times as many")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's; the matrices inside take four times it")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the training that decays the rate")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     compiled = "compile the blocks, at once or as soon as FILE exists"
@@ -111,7 +121,7 @@ class Trainer:
 
     def __init__(self, nets: torch.nn.ModuleDict, lr: float, *, seed: int = 0, bf16: bool = False):
         self.nets, self.lr, self.seed, self.bf16 = nets, lr, seed, bf16
-        self.average = averaged(nets)
+        self.average = copy.deepcopy(nets).requires_grad_(False)
         self.device = next(nets.parameters()).device
         named = list(nets.named_parameters())
         layers = re.compile(r"\.(transformer_blocks|layers)\.\d+\.(?!norm).*weight")
@@ -119,7 +129,7 @@ class Trainer:
         others = [p for name, p in named if not (layers.search(name) and p.ndim == 2)]
         fused = self.device.type == "cuda"
         self.optimizers = {
-            "muon": Muon(matrices, lr),
+            "muon": Muon(matrices, MUON * lr),
             "adamw": torch.optim.AdamW(others, lr, betas=(0.9, 0.99), fused=fused),
         }
         self.number = 0
@@ -133,12 +143,12 @@ class Trainer:
             loss = flow_loss(self.nets, *data.batch(batch, generator), generator, t5_tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
-        for optimizer in self.optimizers.values():
+        for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self.lr * rate
+                group["lr"] = self.lr * rate * (MUON if name == "muon" else 1)
             optimizer.step()
             optimizer.zero_grad()
-        self.average.update_parameters(self.nets)
+        update_average(self.average, self.nets, self.number)
         self.number += 1
         return loss.detach()
 
@@ -195,7 +205,7 @@ def main() -> None:
 
     def deliver(percent: int) -> None:
         (args.out / "loss.json").write_text(json.dumps(losses))
-        pipe = pipeline(trainer.average.module, vae, tokenizer)
+        pipe = pipeline(trainer.average, vae, tokenizer)
         save(pipe, args.out / "pipeline")
         if args.device == "cpu":
             pipe.to(torch.float32)

@@ -12,6 +12,7 @@ Each stage holds its learning rate, then decays it to zero over the last part. R
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
@@ -31,11 +32,11 @@ from training import (
     MAX_TOKENS,
     PREVIEW,
     Data,
-    averaged,
     preview,
     save,
     spread_words,
     text_encoder_config,
+    update_average,
     write_checkpoint,
 )
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -146,7 +147,7 @@ def main() -> None:
     if args.init:
         for name, net in nets.items():
             net.load_state_dict(type(net).from_pretrained(args.init / name).state_dict())
-    average = averaged(nets)
+    average = copy.deepcopy(nets).requires_grad_(False)
     optimizer = torch.optim.AdamW(nets.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     held = args.steps * (1 - args.decay)
     rate = lambda step: min((step + 1) / 200, 1.0, max(args.steps - step, 0) / (args.steps - held))
@@ -175,7 +176,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        average.update_parameters(nets)
+        update_average(average, nets, step)
         losses.append(loss.item())
         done = step + 1
         if done % 250 == 0 or done == args.steps:
@@ -184,7 +185,7 @@ def main() -> None:
             per_second = (done - start) / (time.time() - began)
             print(f"step {done} loss {sum(losses[-250:]) / len(losses[-250:]):.4f} {per_second:.2f}/s", flush=True)
         if done % 1000 == 0 or done == args.steps:
-            pipe = pipeline(average.module, vae, tokenizer)
+            pipe = pipeline(average, vae, tokenizer)
             save(pipe, args.out / "pipeline")
             call = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": args.canvas, "width": args.canvas}
             preview(pipe, PREVIEW[:12], **call).save(args.out / f"preview{done:06d}.png")

@@ -14,7 +14,6 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scenes import BACKGROUNDS, CANVAS, PLACES, SIZES, Scene, Scenes, to_tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
@@ -109,15 +108,11 @@ def spread_words(text_encoder: PreTrainedModel) -> PreTrainedModel:
     return text_encoder
 
 
-def averaged(nets: torch.nn.ModuleDict) -> AveragedModel:
-    """Exponentially averaged weights, of fewer steps at the start; ``.module`` holds the averaged networks."""
-
-    @torch.no_grad()
-    def update(averages: list[torch.Tensor], values: list[torch.Tensor], count: torch.Tensor) -> None:
-        decay = min(0.999, 1 - (1 + count.item()) ** -0.75)
-        torch._foreach_lerp_(averages, values, 1 - decay)
-
-    return AveragedModel(nets, multi_avg_fn=update).requires_grad_(False)
+@torch.no_grad()
+def update_average(average: torch.nn.Module, nets: torch.nn.Module, step: int) -> None:
+    """Exponentially averaged weights, of fewer steps at the start: after step 0 those of ``nets``."""
+    decay = min(0.999, 1 - (1 + step) ** -0.75)
+    torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), 1 - decay)
 
 
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:
