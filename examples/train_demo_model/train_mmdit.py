@@ -231,8 +231,9 @@ def main() -> None:
             losses.append([trainer.number, round(seconds(), 1), round(torch.stack(recent).mean().item(), 5)])
             recent.clear()
             print("step {} seconds {} loss {}".format(*losses[-1]), flush=True)
-        if marks and done >= marks[0]:
-            deliver(round(100 * marks.pop(0)))
+        if passed := [mark for mark in marks if mark <= done]:
+            marks = marks[len(passed) :]
+            deliver(round(100 * passed[-1]))
         if time.time() - saved > 60 * args.minutes or done >= 1:
             state = {"trainer": trainer.state_dict(), "losses": losses, "seconds": seconds()}
             write_checkpoint(state, checkpoint)
