@@ -65,13 +65,14 @@ class Trajectory:
             step = call if schedule[0] >= schedule[-1] else calls - 1 - call  # inversion goes up, from the image
             return Moment(step, calls, call, calls, _Schedule(timestep))
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
-        value, mixed = values[0], min(values) < max(values)
+        value, mixed = values[0] if values else math.nan, len(set(values)) > 1
         trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         if isinstance(timesteps, Tensor) and (found := self._look_up(scheduler, value)) is not None:
             # before it is set, a scheduler's schedule is all training timesteps: not that of a loop with its own
             known = len(timesteps) if len(timesteps) < trained else None
             return Moment(*_steps(scheduler, found), found, known, _Schedule(timesteps), mixed)
-        step = 0 if math.isnan(value) else max(trained - 1 - math.floor(min(value, trained)), 0)
+        noise = trained if math.isnan(value) else math.floor(min(max(value, 0), trained))
+        step = max(trained - 1 - noise, 0)
         return Moment(step, trained, step, mixed=mixed)
 
     def _schedule_around(self, timestep: Tensor) -> list[float] | None:

@@ -50,7 +50,7 @@ SCHEDULERS = {
 
 
 def load_pipeline(model: str, dtype: torch.dtype, device: str, scheduler: str | None = None) -> Any:
-    """By the name of an architecture, with random weights, or else as diffusers finds it; None is its own scheduler."""
+    """By the name of an architecture, with random weights, or else as diffusers finds it; None: its own scheduler."""
     if model in ARCHITECTURES:
         pipe = random_pipeline(ARCHITECTURES[model], dtype, device)
     else:
