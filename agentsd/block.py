@@ -13,7 +13,7 @@ from agentsd.hosts import Site
 from agentsd.matching import Edges, Matching, bipartite_soft_matching
 from agentsd.merge import merge, unmerge
 from agentsd.planner import BlockPlan, Call, Now, Running
-from agentsd.processor import AgentAttnProcessor, can_sample_kv, can_use_agents, keeps_outputs
+from agentsd.processor import AgentAttnProcessor, can_sample_kv, can_use_agents, keeper
 from agentsd.settings import Settings
 
 
@@ -24,15 +24,19 @@ class PatchedBlock:
 
     Attributes:
         site: where the block is.
-        aside: what was left alone in calls of it, and why: said once in a warning, and in the report.
+        aside: what was left alone in calls of it, and why.
+
+    Args:
+        said: the kinds of these that a warning has named.
     """
 
-    def __init__(self, index: int, site: Site, settings: Settings, now: Now) -> None:
+    def __init__(self, index: int, site: Site, settings: Settings, now: Now, said: set[str]) -> None:
         self.index = index
         self.site = site
         self.settings = settings
         self.aside: dict[str, str] = {}
         self._now = now
+        self._said = said
         self._recorded: RecordedPlans[BlockPlan] = RecordedPlans()
         self._processor = AgentAttnProcessor(now, settings.k_scale2, settings.k_shortcut)
 
@@ -52,14 +56,13 @@ class PatchedBlock:
         for layer, before, wanted in layers:
             if wanted:
                 handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(layer.register_forward_hook(self._unmerge))
+                # first, since hooks of others may keep what they see
+                handles.append(layer.register_forward_hook(self._unmerge, prepend=True))
         return handles
 
-    def reset(self, block: Any) -> None:
-        """Leave nothing of calls that an error has cut off."""
-        attn = getattr(block, "attn1", None)
-        if attn is not None:
-            self._processor.give_back(attn, calls=2**31)
+    def reset(self, attn: Any) -> None:
+        """Leave nothing in the block's self-attention of calls that an error has cut off."""
+        self._processor.give_back(attn, calls=2**31)
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -98,13 +101,13 @@ class PatchedBlock:
         if running is None:
             return None
         if len(args) > 1 or kwargs.get("encoder_hidden_states") is not None:
-            self._leave_alone("keys", "self-attention is given keys and values of somebody else's")
-            return None
+            return self._leave_alone("keys", "self-attention is given keys and values of somebody else's")
+        if args[0].shape[:2] != running.x.shape[:2]:
+            tokens = f"{args[0].shape[1]} tokens of {running.x.shape[1]}"
+            return self._leave_alone("tokens", f"its attention is over {tokens}")
         counts = running.plan.counts
         if counts.keys:
-            if not can_sample_kv(attn) or self._has_mask(kwargs):
-                return None
-            return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, running.plan.partition.dst)}
+            return self._sample(attn, args, kwargs, running)
         if not self.settings.merge_attn:
             return None
         merged = self._merge(attn, args, kwargs)
@@ -114,13 +117,20 @@ class PatchedBlock:
             self._processor.take_over(attn)
         return merged
 
+    def _sample(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: Running) -> Any:
+        if not can_sample_kv(attn):
+            self._leave_alone("processor", f"{type(attn.processor).__name__} cannot sample keys and values")
+        elif not self._has_mask(kwargs):
+            return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, running.plan.partition.dst)}
+        return None
+
     def _merge(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running = self._running()
         if running is None or running.plan.counts.keys or self._has_mask(kwargs):
             return None
         x, counts = args[0], running.plan.counts
-        if keeps_outputs(layer):
-            self._leave_alone("cache", f"somebody else's code stands in for a {type(layer).__name__}")
+        if name := keeper(layer):
+            self._leave_alone("keeper", f"{name} may keep what a {type(layer).__name__} gives")
             return None
         if x.shape[:2] != running.x.shape[:2]:
             raise RuntimeError(
@@ -155,6 +165,7 @@ class PatchedBlock:
         return False
 
     def _leave_alone(self, kind: str, why: str) -> None:
-        if kind not in self.aside:
-            self.aside[kind] = why
-            warnings.warn(f"A layer of {self.site.name} runs unpatched: {why}.", stacklevel=2)
+        self.aside[kind] = why
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"agentsd: a layer of {self.site.name} runs unpatched: {why}.", stacklevel=2)

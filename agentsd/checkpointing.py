@@ -33,7 +33,8 @@ class RecordedPlans(Generic[Plan]):
         Raises:
             RuntimeError: in a backward pass, where there was no first run.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # reentrant checkpointing makes the first run without gradients, but its input asks for one
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or x.requires_grad):
             return coming
         memory = x.untyped_storage()
         if torch._C._current_graph_task_id() != -1:  # the id of the backward pass that is running

@@ -50,7 +50,8 @@ class Patch:
         selected = select(self.sites, settings)
         self.middle = host.middle(net, settings.cache_branch) if settings.reuses else Middle((), "")
         self.outermost = [not self.middle.holds(site.name) for site in selected]
-        self.blocks = [PatchedBlock(index, site, settings, self._now) for index, site in enumerate(selected)]
+        said: set[str] = set()
+        self.blocks = [PatchedBlock(index, site, settings, self._now, said) for index, site in enumerate(selected)]
         self.reuse = Reuse(settings, self.middle, self._now) if settings.reuses else None
 
     def attach(self, net: nn.Module) -> None:
@@ -58,8 +59,10 @@ class Patch:
             net.register_forward_pre_hook(self._before_call, with_kwargs=True),
             net.register_forward_hook(self._after_call, always_call=True),
         ]
-        self._patched = [(net.get_submodule(block.site.name), block) for block in self.blocks]
-        for module, block in self._patched:
+        self._patched = []
+        for block in self.blocks:
+            module = net.get_submodule(block.site.name)
+            self._patched.append((module.attn1, block))
             self._handles += block.attach(module)
         self._wraps: list[tuple[nn.Module, Wrap]] = self.reuse.attach(net) if self.reuse is not None else []
         setattr(net, ATTRIBUTE, self)
@@ -71,8 +74,8 @@ class Patch:
         """Never raises: modules may have been replaced since."""
         for handle in self._handles:
             handle.remove()
-        for module, block in self._patched:
-            block.reset(module)
+        for attn, block in self._patched:
+            block.reset(attn)
         for module, wrapped in self._wraps:
             wrapped.undo(module)
         net.__dict__.pop(ATTRIBUTE, None)
@@ -121,8 +124,8 @@ class Patch:
         if self.reuse is not None:
             self.reuse.after_call(call)
         if call.running is not None and call.running.agents is not None:  # an error came in between
-            for module, block in self._patched:
-                block.reset(module)
+            for attn, block in self._patched:
+                block.reset(attn)
 
     def grids(self, net: nn.Module, size: Grid) -> tuple[Grid, ...]:
         """The token grid of each patched block for latents of this size."""

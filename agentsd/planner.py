@@ -72,6 +72,9 @@ class Draws:
     asked for, and no generator of the user's is advanced.
     """
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Draws, ()
+
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], list[dict[int, Partition]]] = {}
 

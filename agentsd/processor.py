@@ -32,8 +32,9 @@ PLAIN_PROCESSORS = tuple(
 
 def can_use_agents(attn: Any) -> bool:
     """Whether agent attention can stand in for ``attn``: plain self-attention without extras of its own."""
-    extras = attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None
-    return type(attn.processor) in PLAIN_PROCESSORS and not extras
+    if type(getattr(attn, "processor", None)) not in PLAIN_PROCESSORS:
+        return False
+    return not (attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None)
 
 
 def can_sample_kv(attn: Any) -> bool:
@@ -41,30 +42,38 @@ def can_sample_kv(attn: Any) -> bool:
 
     The processor says which projection runs. A layer that was fused and unfused still claims to be fused.
     """
-    return type(attn.processor) in PLAIN_PROCESSORS and type(attn.processor).__name__ != "FusedAttnProcessor2_0"
+    processor = type(getattr(attn, "processor", None))
+    return processor in PLAIN_PROCESSORS and processor.__name__ != "FusedAttnProcessor2_0"
 
 
-def keeps_outputs(layer: Any) -> bool:
-    """Whether somebody stands in for the layer's ``forward``, and may keep what it gives for a later call.
+def keeper(layer: Any) -> str:
+    """Who may keep for a later call what the layer gives, or looks into its attention: empty where nobody does.
 
-    Outputs of merged tokens fit no other call: each has an order of its own. accelerate keeps none.
+    What is made of merged tokens fits no other call: each has an order of its own. accelerate and compilers keep none.
     """
-    return "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    if hasattr(getattr(layer, "processor", None), "attention_probs"):
+        return type(layer.processor).__name__
+    forward = vars(layer).get("forward")
+    own = getattr(forward, "__func__", None) is type(layer).forward or hasattr(forward, "_torchdynamo_orig_callable")
+    if forward is None or own or hasattr(layer, "_hf_hook"):
+        return ""
+    hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", None)
+    return ", ".join(hooks or [getattr(forward, "__name__", type(forward).__name__)])
 
 
 def possible(attn: Any, counts: Counts, merges: bool) -> tuple[Counts, str]:
     """What ``attn`` can do of what is planned for its tokens, and why no more. It may be gone since."""
-    if attn is None:
+    processor = type(getattr(attn, "processor", None)).__name__
+    if not hasattr(attn, "processor"):
         return Counts(counts.tokens), "unchanged: the block has been replaced since"
     if counts.keys and not can_sample_kv(attn):
-        return Counts(counts.tokens), f"unchanged: {type(attn.processor).__name__} cannot sample keys and values"
+        return Counts(counts.tokens), f"unchanged: {processor} cannot sample keys and values"
     if counts.merged and not merges:
         return counts, "no agents: self-attention is not merged"
-    if counts.merged and keeps_outputs(attn):
-        return Counts(counts.tokens), "unchanged: somebody else's code stands in for its self-attention"
+    if counts.merged and (name := keeper(attn)):
+        return Counts(counts.tokens), f"unchanged: left to {name}, which may keep what it gives"
     if counts.agents and not can_use_agents(attn):
-        kept = f"no agents: {type(attn.processor).__name__} is kept and gets merged tokens"
-        return replace(counts, agents=0), kept
+        return replace(counts, agents=0), f"no agents: {processor} is kept and gets merged tokens"
     return counts, ""
 
 
@@ -117,7 +126,7 @@ class AgentAttnProcessor:
         """Put the layer's own processor back, unless more than ``calls`` are to come."""
         with nullcontext() if torch.compiler.is_compiling() else self._lock:
             self._calls = max(self._calls - calls, 0)
-            if not self._calls and attn.processor is self:
+            if not self._calls and getattr(attn, "processor", None) is self:
                 attn.processor = self._own
 
     def __call__(

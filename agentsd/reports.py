@@ -213,6 +213,8 @@ def _layers(net: Any, patch: Patch) -> list[LayerReport]:
             notes = [f"unchanged: fewer tokens than min_tokens={settings.min_tokens}"]
         elif phases.get("agent", Counts(tokens)).merged and not phases["agent"].agents and not any(notes):
             notes = ["no agents: too few tokens are merged away for them to be cheaper than attention"]
+        if {"processor", "keeper", "keys"} & block.aside.keys():  # of whole calls, not of a size that was met once
+            phases = dict.fromkeys(phases, Counts(tokens))
         notes += [f"left alone: {why}" for why in block.aside.values()]
         layers.append(LayerReport(site.name, grid, phases, "; ".join(dict.fromkeys(filter(None, notes)))))
     return layers

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from agentsd.features import Lane
 from agentsd.hosts import Inputs, Middle
 from agentsd.planner import Call, Now
+from agentsd.processor import keeper
 from agentsd.schedule import Moment, full_calls, interval_of
 from agentsd.settings import Settings
-from agentsd.wrapping import Wrap, wrap
+from agentsd.wrapping import Weakly, Wrap, wrap
 
 MOST_LANES = 4  # calls of one step; guidance makes two or three
 MOST_TRACKS = 4  # trajectories whose calls may come in turns, in each thread
@@ -74,6 +75,7 @@ class Track:
         calls: how many the schedule has, where it says.
         call: the place of the last one.
         lanes: the features of each of the calls that a step makes.
+        read_by: what reads the attention of the middle, so that all calls are full.
         steady: whether the last two steps made as many calls.
     """
 
@@ -82,6 +84,7 @@ class Track:
     calls: int | None
     call: int
     lanes: list[Step] = field(default_factory=list)
+    read_by: str = ""
     steady: bool = False
     crowded: bool = False
     before: int = 0  # calls of the step before
@@ -133,11 +136,13 @@ class Reuse:
         self.settings = settings
         self.middle = middle
         self._now = now
+        self._net: Weakly[nn.Module] = Weakly(None)
         self._full = 0  # calls in a row
         self._warned = False
 
     def attach(self, net: nn.Module) -> list[tuple[nn.Module, Wrap]]:
         """Let the middle be skipped; `Wrap.undo` of each undoes it."""
+        self._net = Weakly(net)
         middle, wraps = self.middle, []
         for name in (*middle.unread, middle.last):
             answer = self._last if name == middle.last else self._unread
@@ -148,9 +153,13 @@ class Reuse:
     def before_call(self, moment: Moment, inputs: Inputs) -> Call:
         """Decide on the call at ``moment``. Calls of a trajectory that cannot be told from another's are full."""
         if torch.is_grad_enabled() or moment.mixed:
-            self._count(full=not torch.is_grad_enabled(), why="its samples are at several timesteps")
+            if moment.mixed:
+                self._warn("the samples of a call are at several timesteps")
             return Call()
         track = self._track(moment)
+        if track.read_by:
+            self._warn(f"{track.read_by} reads the attention of a layer that cached calls skip")
+            return Call()
         if moment.call != track.call and track.crowded:
             self._warn(
                 f"a step makes more than {MOST_LANES} calls of one shape, and nothing says which of the last step's "
@@ -163,7 +172,7 @@ class Reuse:
         planned = place >= len(track.full) or track.full[place]
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
         lane.due = lane.due or not cached
-        self._count(full=not cached, why="no call follows another of the same trajectory")
+        self._count(full=not cached)
         shapes = lane.shapes if lane.shapes else dict.fromkeys((*self.middle.unread, self.middle.last))
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
@@ -181,15 +190,21 @@ class Reuse:
                 return track
         begin = moment.call if moment.calls is not None else 0
         full = full_calls(moment.calls, self.settings, begin)
-        new = Track(moment.schedule, full, moment.calls, moment.call)
+        new = Track(moment.schedule, full, moment.calls, moment.call, read_by=self._reader())
         others = [track for track in tracks if track.schedule != moment.schedule and not track.ended]
         tracks[:] = [*others[1 - MOST_TRACKS :], new]
         return new
 
-    def _count(self, full: bool, why: str) -> None:
+    def _reader(self) -> str:
+        """The processor of self-attention guidance, if it is in the middle."""
+        modules = net.named_modules() if (net := self._net()) is not None else ()
+        held = (m for name, m in modules if hasattr(m, "processor") and self.middle.holds(name))
+        return next((keeper(m) for m in held if hasattr(m.processor, "attention_probs")), "")
+
+    def _count(self, full: bool) -> None:
         self._full = self._full + 1 if full else 0
         if self._full >= 2 * interval_of(self.settings.cache_interval) + 4:
-            self._warn(f"in the last {self._full} calls, {why}")
+            self._warn(f"none of the last {self._full} calls follows another of the same trajectory")
 
     def _warn(self, why: str) -> None:
         if not self._warned:

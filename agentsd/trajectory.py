@@ -28,7 +28,7 @@ class Trajectory:
         # weak: a pipeline owns its denoiser, and the denoiser this; a cycle would keep both alive after `del pipeline`
         self._pipeline = Weakly(pipeline)
         self._scheduler: Any = getattr(pipeline, "scheduler", None)
-        self._known: tuple[Any, list[float]] = (None, [])  # the schedule last read, and its values
+        self._known: list[tuple[_Schedule, list[float]]] = []  # the schedules last read, and their values
 
     @property
     def pipeline(self) -> Any:
@@ -41,12 +41,8 @@ class Trajectory:
         self._scheduler = getattr(self.pipeline, "scheduler", self._scheduler)
         return self._scheduler
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"scheduler": self.scheduler}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Trajectory.__init__(self)
-        self._scheduler = state["scheduler"]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Trajectory, ()  # a scheduler may hold what cannot be pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trajectory:
         """Follows the copy of the pipeline where that is what is being copied."""
@@ -62,6 +58,8 @@ class Trajectory:
             return Moment(*_steps(scheduler, place), place, len(timesteps), _Schedule(timesteps))
         if isinstance(timestep, Tensor) and (schedule := self._schedule_around(timestep)) is not None:
             call, calls = int(timestep.storage_offset()), len(schedule)
+            if isinstance(timesteps, Tensor) and schedule == self._values(timesteps):  # its scheduler is a copy
+                return Moment(*_steps(scheduler, call), call, calls, _Schedule(timestep))
             step = call if schedule[0] >= schedule[-1] else calls - 1 - call  # inversion goes up, from the image
             return Moment(step, calls, call, calls, _Schedule(timestep))
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
@@ -85,11 +83,12 @@ class Trajectory:
 
     def _values(self, timesteps: Tensor) -> list[float]:
         """Read once a schedule."""
-        known, values = self._known
-        if known is None or known != _Schedule(timesteps) or len(values) != len(timesteps):
-            values = timesteps.tolist()
-            self._known = _Schedule(timesteps), values
-        return values
+        schedule = _Schedule(timesteps)
+        for known, values in self._known:
+            if known == schedule and len(values) == len(timesteps):
+                return values
+        self._known = [(schedule, timesteps.tolist()), *self._known[:1]]
+        return self._known[0][1]
 
     def _look_up(self, scheduler: Any, value: float) -> int | None:
         """The place of a value in the schedule. Where it stands there twice, the scheduler may know which it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -76,12 +77,19 @@ def wrap(module: nn.Module, around: Callable[..., Any]) -> Wrap:
     return wrapped
 
 
+TRACED = (
+    "agentsd: a patched model cannot be traced or exported, nor compiled with fullgraph=True: each call decides anew "
+    "on its phase and its random draws, and a trace would keep those of one. Call agentsd.remove_patch first."
+)
+_REASON = {"reason": TRACED} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+
+
 def outside_the_graph(function: Function) -> Function:
     """Never trace ``function``: a plan follows the scheduler, and would be compiled anew for each step.
 
     As a hook of the compiled module itself it runs before its graph is entered, and breaks none.
     """
-    disabled: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    disabled: Function = torch.compiler.disable(function, **_REASON)  # type: ignore[no-untyped-call]
     return disabled
 
 
@@ -99,7 +107,4 @@ def refuse_tracing() -> None:
     """
     exporting = getattr(torch.compiler, "is_exporting", bool)()
     if torch._C._get_tracing_state() is not None or exporting:
-        raise RuntimeError(
-            "a patched model cannot be traced or exported: the trace would keep one call's phase and random draws for "
-            "every step. Call agentsd.remove_patch first."
-        )
+        raise RuntimeError(TRACED)

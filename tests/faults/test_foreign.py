@@ -3,8 +3,8 @@
 import pytest
 import torch
 from conftest import image, make_pipeline, make_unet, unet_inputs
-from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
-from diffusers.hooks import HookRegistry, apply_faster_cache, apply_pyramid_attention_broadcast
+from diffusers import PyramidAttentionBroadcastConfig
+from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast
 from diffusers.models.attention import BasicTransformerBlock
 from situations import SETTINGS, distance, inputs_of, sweep, warned
 
@@ -128,20 +128,6 @@ def broadcast(unet):
     apply_pyramid_attention_broadcast(unet, config)
 
 
-def faster_cache(unet):
-    clock = Clock(unet)
-    config = FasterCacheConfig(
-        spatial_attention_block_skip_range=3,
-        spatial_attention_timestep_skip_range=(-1, 1000),
-        unconditional_batch_skip_range=100,
-        unconditional_batch_timestep_skip_range=(-2, -1),
-        attention_weight_callback=lambda _: 0.3,
-        tensor_format="BCHW",
-        current_timestep_callback=lambda: clock.now,
-    )
-    apply_faster_cache(unet, config)
-
-
 def gate(unet, layer="attn1"):
     """Attention that runs in every third call, as caches of one's own do: its `forward` is replaced."""
     for block in blocks_of(unet).values():
@@ -169,14 +155,15 @@ def hooked(unet):
         block.attn1.register_forward_hook(keep)
 
 
-CACHES = {"pyramid attention broadcast": broadcast, "FasterCache": faster_cache, "forward": gate, "hooks": hooked}
+CACHES = {"pyramid attention broadcast": broadcast, "forward": gate, "hooks": hooked}
 DESCENT = range(951, 300, -50)
 
 
 def outputs(unet) -> torch.Tensor:
     """Twelve calls and more on latents that change little, as an image's do."""
     inputs, drift = unet_inputs(), 0.02 * inputs_of(3)["sample"]
-    found = [unet(**inputs | {"timestep": t, "sample": inputs["sample"] + i * drift}) for i, t in enumerate(DESCENT)]
+    text = inputs["encoder_hidden_states"]
+    found = [unet(inputs["sample"] + i * drift, t, text) for i, t in enumerate(DESCENT)]
     return torch.cat([output.sample for output in found])
 
 
