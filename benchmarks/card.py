@@ -52,6 +52,6 @@ def write_json(path: Path, data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.with_suffix(path.suffix + ".part")
     text = json.dumps(data, indent=2, default=str)
-    text = re.sub(r"\[[-+\d.e,\s]+\]", lambda found: " ".join(found[0].split()), text)
+    text = re.sub(r"\[\n([-+\d.e,\s]+?)\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     torn.write_text(text + "\n")
     torn.replace(path)
