@@ -10,12 +10,6 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21": {
-        "sample_size": 64,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
     "sdxl": {
         "sample_size": 128,
         "cross_attention_dim": 2048,

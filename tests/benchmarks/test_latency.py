@@ -45,22 +45,21 @@ def test_profile(latency):
     assert latency["printed"].count("%") > len(latency["profile"])  # the shares, printed
 
 
-def test_the_profile_gives_merging_to_no_layer():
-    """Within the label of a layer there is none of the patch's work around it; and no label stays behind."""
+def test_the_profile_counts_nothing_twice():
+    """Of the operations that have a share none is within another, with a patch as without."""
     from methods import METHODS  # noqa: PLC0415
-    from profiling import labelled  # noqa: PLC0415
+    from profiling import OPERATIONS  # noqa: PLC0415
 
     pipe, inputs = tiny_pipeline()
-    with labelled(pipe.unet), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        undo = METHODS["agentsd r=0.4, merging in all steps"].apply(pipe)
-        pipe(num_inference_steps=1, **inputs)
-        undo()
-    events = profiler.events()
-    spans = [event.time_range for event in events if event.name in ("self-attention", "cross-attention", "MLP")]
-    merges = [event.time_range for event in events if event.name == "aten::embedding_bag"]
-    inside = [m for m in merges if any(span.start <= m.start and m.end <= span.end for span in spans)]
-    assert spans and merges and not inside
-    assert not any("forward" in vars(module) for module in pipe.unet.modules())
+    METHODS[PAPER].apply(pipe)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        pipe(num_inference_steps=2, **inputs)
+    shared = [event for event in profiler.events() if event.name in OPERATIONS.values()]
+    assert {event.name for event in shared} == set(OPERATIONS.values())
+    for event in shared:
+        while event.cpu_parent is not None:
+            event = event.cpu_parent
+            assert event.name not in OPERATIONS.values()
 
 
 def test_what_a_gpu_s_trace_is_counted_of():
