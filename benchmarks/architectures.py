@@ -10,12 +10,6 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd21": {
-        "sample_size": 64,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
     "sdxl": {
         "sample_size": 128,
         "cross_attention_dim": 2048,
@@ -31,7 +25,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 TINY = {"norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 1, "layers_per_block": 1}
-TINY_XL = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 56}
+TINY_XL = {
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 56,
+    "transformer_layers_per_block": (1, 2, 2),
+}
 # the same layouts with next to no arithmetic: for tests, and for what the host takes
 ARCHITECTURES["tiny"] = {**ARCHITECTURES["sd15"], **TINY, "block_out_channels": (8, 8, 8, 8)}
 ARCHITECTURES["tiny-xl"] = {**ARCHITECTURES["sdxl"], **TINY, **TINY_XL, "block_out_channels": (8, 8, 8)}
@@ -50,7 +48,7 @@ SCHEDULERS = {
 
 
 def load_pipeline(model: str, dtype: torch.dtype, device: str, scheduler: str | None = None) -> Any:
-    """By the name of an architecture, with random weights, or else as diffusers finds it; None: its own scheduler."""
+    """An architecture by name, with random weights, or else what diffusers finds; None: with its own scheduler."""
     if model in ARCHITECTURES:
         pipe = random_pipeline(ARCHITECTURES[model], dtype, device)
     else:
@@ -62,7 +60,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, scheduler: str | 
 
 
 def random_pipeline(config: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
-    """An architecture by its name, with random weights, or a model as diffusers finds it, with its own scheduler."""
+    """An architecture by its name, with random weights, or else what diffusers finds; with its own scheduler."""
     torch.manual_seed(0)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)

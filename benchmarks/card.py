@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,11 @@ def card(device: str) -> dict[str, Any]:
     }
     if device.startswith("cuda"):
         hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware, "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware, "versions": versions}
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -52,6 +47,6 @@ def write_json(path: Path, data: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.with_suffix(path.suffix + ".part")
     text = json.dumps(data, indent=2, default=str)
-    text = re.sub(r"\[[-+\d.e,\s]+\]", lambda found: " ".join(found[0].split()), text)
+    text = re.sub(r"\[\n([-+\d.e,\s]+?)\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     torn.write_text(text + "\n")
     torn.replace(path)

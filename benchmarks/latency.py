@@ -17,7 +17,6 @@ round is not timed but profiled: kernels, copies between host and device, waits 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import time
@@ -30,8 +29,8 @@ import torch
 from architectures import ARCHITECTURES, SCHEDULERS, load_pipeline, random_inputs
 from card import card, write_json
 from methods import MODES, SLOW_TO_APPLY, Method, chosen
-from options import count, errors_in_one_line, option, parsed, positive
-from profiling import by_kind, labelled, on_device
+from options import errors_in_one_line, option, parsed, positive
+from profiling import by_operation, on_device
 from rich.progress import Progress
 from tables import latency_rows, print_table, profile_rows
 
@@ -48,14 +47,14 @@ class Case:
     size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=positive)
     dtype: str = option("float16" if CUDA else "float32", "of weights and latents", choices=DTYPES)
     device: str = option("cuda" if CUDA else "cpu", "of PyTorch")
-    batch: int = count(2, "samples of a call: two an image, or 1, which is without guidance")
-    steps: int = count(50 if CUDA else 20, "of a trajectory")
+    batch: int = option(2, "samples of a call: two an image, or 1, which is without guidance")
+    steps: int = option(50 if CUDA else 20, "of a trajectory")
     scheduler: str = option("euler", "which sampler", choices=SCHEDULERS)
-    rounds: int = count(2, "that are timed")
+    rounds: int = option(2, "that are timed")
     modes: list[str] = option(["eager"], "how the UNet runs (default: eager)", nargs="+", choices=MODES)
     methods: list[str] | None = option(None, "names as in methods.py (default: all)", nargs="+")
     ratios: list[float] = option([], "agentsd and tomesd at these, too", nargs="+", type=float)
-    profile: bool = option(CUDA, "one more round by the profiler; on a CPU by kind of layer, and eager alone")
+    profile: bool = option(CUDA, "one more round by the profiler; on a CPU of one mode")
     out: Path | None = option(None, "JSON file (default: runs/results/latency-...json)", type=Path)
 
     def __post_init__(self) -> None:
@@ -66,8 +65,8 @@ class Case:
             raise ValueError(f"--out {self.out}: each of {len(self.size)} sizes has its own file; leave it out")
         if self.batch > 1 and self.batch % 2:
             raise ValueError(f"--batch {self.batch}: give 1, or two for each image, as guidance has it")
-        if self.profile and not self.on_cuda and self.modes != ["eager"]:
-            raise ValueError("--profile: on a CPU give --modes eager alone, since layers are timed as they run")
+        if self.profile and not self.on_cuda and len(self.modes) > 1:
+            raise ValueError("--profile: on a CPU give one of the --modes at a time")
 
     @property
     def on_cuda(self) -> bool:
@@ -124,7 +123,7 @@ class Trajectories:
     def profiled(self, method: Method) -> dict[str, float]:
         if self.case.on_cuda:
             return on_device(lambda: self.draw(method), method.steps(self.case.steps))
-        return by_kind(lambda: self.draw(method))
+        return by_operation(lambda: self.draw(method))
 
     def rounds(self, mode: str, methods: dict[str, Method], advance: Callable[[], None]) -> dict[str, list[Any]]:
         """By method, what each round measured, and what the profiler did after the last.
@@ -136,24 +135,22 @@ class Trajectories:
         order: Iterable[str] = [name for i in every for name in (reversed(methods) if i % 2 else methods)]
         if mode in SLOW_TO_APPLY:
             order = [name for name in methods for _ in every]
-        watched = self.case.profile and not self.case.on_cuda
         for name, visits in itertools.groupby(order):
             measured, method = found[name], methods[name]
-            with labelled(self.pipe.unet) if watched else contextlib.nullcontext():
-                undo = method.apply(self.pipe)
-                try:
-                    if not measured:  # what is compiled is so in a whole trajectory
-                        self.draw(method, None if mode in SLOW_TO_APPLY else min(4, self.case.steps))
-                    for _ in visits:
-                        profiled = len(measured) == self.case.rounds
-                        measured.append(self.profiled(method) if profiled else self.timed(method))
-                        advance()
-                except RuntimeError as error:
-                    if name == "unpatched":
-                        raise
-                    measured[:] = [error]
-                finally:
-                    undo()
+            undo = method.apply(self.pipe)
+            try:
+                if not measured:  # what is compiled is so in a whole trajectory
+                    self.draw(method, None if mode in SLOW_TO_APPLY else min(4, self.case.steps))
+                for _ in visits:
+                    profiled = len(measured) == self.case.rounds
+                    measured.append(self.profiled(method) if profiled else self.timed(method))
+                    advance()
+            except RuntimeError as error:
+                if name == "unpatched":
+                    raise
+                measured[:] = [error]
+            finally:
+                undo()
         return found
 
 

@@ -46,8 +46,8 @@ class Method:
 
     def images(self, pipe: Any, *prompts: Any, num_inference_steps: int, **inputs: Any) -> Any:
         """What a call of the pipeline gives."""
-        draw = self.call or (lambda pipe, *args, **kwargs: pipe(*args, **kwargs))
-        return draw(pipe, *prompts, num_inference_steps=self.steps(num_inference_steps), **inputs)
+        inputs["num_inference_steps"] = self.steps(num_inference_steps)
+        return self.call(pipe, *prompts, **inputs) if self.call else pipe(*prompts, **inputs)
 
 
 def agent(**given: Any) -> Method:
@@ -105,13 +105,7 @@ def tgate(gate: float = 0.4, interval: int = 5) -> Method:
 
     def apply(pipe: Any) -> Undo:
         layers = [module for module in pipe.unet.modules() if type(module).__name__ == "Attention"]
-
-        def undo() -> None:
-            for layer in layers:
-                for name in ("forward", "cache"):
-                    vars(layer).pop(name, None)
-
-        return undo
+        return lambda: [vars(layer).pop(name, None) for layer in layers for name in ("forward", "cache")]
 
     def call(pipe: Any, *prompts: Any, num_inference_steps: int, **inputs: Any) -> Any:
         import tgate  # noqa: PLC0415

@@ -133,14 +133,14 @@ def against_unpatched(images: Path, unpatched: Path) -> tuple[dict[str, float], 
     for start in range(0, len(paths), AT_ONCE):
         names = [path.name for path in paths[start : start + AT_ONCE]]
         a, b = (torch.stack([pixels(folder / name) for name in names]) for folder in (images, unpatched))
-        psnrs += psnr((a - b).square().mean((1, 2, 3)).numpy()).tolist()
+        psnrs += psnr((a - b).double().square().mean((1, 2, 3)).numpy()).tolist()
         ssims += structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").flatten().tolist()
     return {**of_psnrs(np.array(psnrs)), "SSIM": float(np.mean(ssims))}, [round(value, 2) for value in psnrs]
 
 
 def psnr(squared: np.ndarray) -> np.ndarray:
     """dB, of mean squared errors of values in [0, 1]."""
-    return -10 * np.log10(np.maximum(squared, 10 ** (-MOST_DB / 10)))
+    return np.minimum(-10 * np.log10(np.maximum(squared, 1e-12)), MOST_DB)
 
 
 def of_psnrs(psnrs: np.ndarray) -> dict[str, float]:

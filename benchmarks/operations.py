@@ -23,7 +23,7 @@ from architectures import ARCHITECTURES, load_pipeline, pooled_width
 from card import card, write_json
 from latency import RESULTS
 from methods import Method, chosen
-from options import count, errors_in_one_line, option, parsed, positive
+from options import errors_in_one_line, option, parsed, positive
 from tables import operations_rows, print_table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -47,12 +47,8 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak_mb = 0.0
         self._sizes = WeakIdKeyDictionary()  # of the storages that are alive
-
-    @property
-    def peak_mb(self) -> float:
-        return self.peak / 2**20
 
     def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
@@ -60,7 +56,7 @@ class LiveMemory(TorchDispatchMode):
         for storage in _storages(output):
             if storage._cdata not in given:
                 self._sizes[storage] = storage.nbytes()
-        self.peak = max(self.peak, sum(self._sizes.values()))
+        self.peak_mb = max(self.peak_mb, sum(self._sizes.values()) / 2**20)
         return output
 
 
@@ -95,7 +91,7 @@ class Case:
 
     model: str = option("sd15", f"{', '.join(ARCHITECTURES)}, a model id or a folder")
     size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=positive)
-    steps: int = count(50, "of a trajectory")
+    steps: int = option(50, "of a trajectory")
     methods: list[str] | None = option(None, "names as in methods.py (default: all)", nargs="+")
     out: Path = option(RESULTS, "folder of the JSON files", type=Path)
 

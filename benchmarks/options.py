@@ -14,18 +14,18 @@ T = TypeVar("T")
 
 
 def option(default: Any, text: str, **how: Any) -> Any:
-    """A field of the dataclass; ``how`` are arguments of `argparse`, whose ``type`` is that of the default."""
+    """A field of the dataclass; ``how`` are arguments of `argparse`, whose ``type`` is that of the default.
+
+    Where the default is an integer above 0, so must be what is given.
+    """
     if isinstance(default, bool):
         how["action"] = argparse.BooleanOptionalAction
+    elif isinstance(default, int) and default > 0:
+        how["type"] = positive
     elif default is not None and not isinstance(default, list):
         how.setdefault("type", type(default))
     shown = "" if default is None or isinstance(default, list) else f" (default: {default})"
     return field(default_factory=lambda: copy(default), metadata={"help": text + shown, **how})
-
-
-def count(default: int, text: str) -> Any:
-    """The same of a number of something."""
-    return option(default, text, type=positive)
 
 
 def positive(text: str) -> int:

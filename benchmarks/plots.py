@@ -111,11 +111,8 @@ def series(results: list[Result]) -> dict[str, list[Result]]:
         if settings["modes"] == ["eager"] and not settings["ratios"]:
             case = title(result).replace(f", {settings['size']} px", "")
             found[f"{case}, {settings['steps']} steps"].append(result)
-    return {
-        case: sorted(group, key=lambda r: r["settings"]["size"])
-        for case, group in found.items()
-        if len(group) >= LEAST_SIZES
-    }
+    by_size = lambda group: sorted(group, key=lambda result: result["settings"]["size"])
+    return {case: by_size(group) for case, group in found.items() if len(group) >= LEAST_SIZES}
 
 
 def growth(case: str, group: list[Result]) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-ENDS = {".attn1": "self-attention", ".attn2": "cross-attention", ".ff": "MLP"}
+# none of them within another
+OPERATIONS = {
+    "convolutions": "aten::conv2d",
+    "attention": "aten::scaled_dot_product_attention",
+    "linear layers": "aten::linear",
+}
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
@@ -44,32 +46,13 @@ def counted_events(events: list[dict[str, Any]]) -> dict[str, float]:
     return dict(found)
 
 
-def kind_of(name: str, module: nn.Module) -> str | None:
-    if isinstance(module, ResnetBlock2D) or ("samplers." in name and name.endswith("conv")):
-        return "convolutions"
-    return next((kind for end, kind in ENDS.items() if name.endswith(end)), None)
-
-
-@contextmanager
-def labelled(unet: nn.Module) -> Iterator[None]:
-    """Let the profiler tell kinds of layers apart. What a patch that is applied within adds is none of the layer's."""
-    layers = [(module, kind) for name, module in unet.named_modules() if (kind := kind_of(name, module))]
-    for layer, kind in layers:
-        layer.forward = record_function(kind)(layer.forward)
-    try:
-        yield
-    finally:
-        for layer, _ in layers:
-            vars(layer).pop("forward", None)
-
-
-def by_kind(run: Callable[[], Any]) -> dict[str, float]:
-    """Shares of the time of all calls that ``run`` makes on a CPU, by kind of the layers that are `labelled`.
+def by_operation(run: Callable[[], Any]) -> dict[str, float]:
+    """Shares of the time of all calls that ``run`` makes on a CPU; projections and MLPs are linear layers.
 
     Everything else is norms and sums, the scheduler, and what a method does beside the layers.
     """
     with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("all"):
         run()
     seconds = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
-    shares = {kind: seconds.get(kind, 0.0) / seconds["all"] for kind in ("convolutions", *ENDS.values())}
+    shares = {kind: seconds.get(operation, 0.0) / seconds["all"] for kind, operation in OPERATIONS.items()}
     return {**shares, "everything else": 1 - sum(shares.values()), "seconds": seconds["all"]}

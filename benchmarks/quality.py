@@ -29,7 +29,7 @@ from architectures import SCHEDULERS, load_pipeline
 from card import card, write_json
 from latency import DTYPES
 from methods import LIMIT, Method, chosen
-from options import count, errors_in_one_line, option, parsed
+from options import errors_in_one_line, option, parsed
 from prompts import load_prompts
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tables import ABOVE, ERROR, print_table, quality_rows
@@ -42,13 +42,13 @@ class Study:
     """What is measured."""
 
     model: str = option(str(ROOT / "examples" / "demo_model"), "model id or folder")
-    images: int = count(64, "of each method")
+    images: int = option(64, "of each method")
     first: int = option(0, "number of the first, its seed: for others than before")
     prompts: str = option("demo", "demo, imagenet, or a text file")
     scheduler: str | None = option(None, "which sampler (default: the model's own)", choices=SCHEDULERS)
-    steps: int = count(20, "of a trajectory")
+    steps: int = option(20, "of a trajectory")
     guidance: float = option(4.0, "its scale")
-    batch: int = count(8, "images at once")
+    batch: int = option(8, "images at once")
     dtype: str | None = option(None, "default: float16 on a GPU, float32 on a CPU", choices=DTYPES)
     methods: list[str] | None = option(None, "names as in methods.py (default: all)", nargs="+")
     ratios: list[float] = option([], "agentsd and tomesd at these, too", nargs="+", type=float)
@@ -80,10 +80,10 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """For the result: paths without what lies before the project, the same wherever it is."""
-        return {k: str(v).replace(f"{ROOT}/", "") if k in PATHS and v else v for k, v in asdict(self).items()}
+        text = lambda value: str(value).replace(f"{ROOT}/", "") if isinstance(value, (str, Path)) else value
+        return {name: text(value) for name, value in asdict(self).items()}
 
 
-PATHS = ("model", "real", "emoji", "clip", "folder", "out")
 # what images depend on, beside the method
 WANTED = ("model", "first", "prompts", "scheduler", "steps", "guidance", "batch", "dtype")
 

@@ -1,4 +1,4 @@
-"""All results as one page, and on demand as a report with every plot.
+"""All results as one page, and on demand every plot.
 
 python benchmarks/report.py                                # benchmarks/results/README.md, and its figures anew
 python benchmarks/report.py --html runs/report             # report.html and all plots as files, in runs/report
@@ -32,12 +32,11 @@ own figures are in the README. Nobody has measured yet, to our knowledge: FID of
 Stable Diffusion weights.
 
 To add to it, run `benchmarks/latency.py`, `quality.py` or `operations.py`, copy the JSON file from `runs/results/` to
-this folder, and make the page anew. Other plots, and all of this with sliders over images, are made on demand and not
-kept: `python benchmarks/report.py --html runs/report`.
+this folder, and make the page anew. Other plots, and sliders over images, are made on demand and not kept:
+`python benchmarks/report.py --html runs/report`.
 """
 PROFILE = "Where the time goes, in all calls together:"
-STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
-td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
+STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}
 .pair{position:relative;display:inline-block;margin:.5em}.pair img{width:256px;display:block}
 .pair img+img{position:absolute;top:0;left:0}.pair input{width:256px}svg{max-width:100%;height:auto}
 figure{margin:1em 0}"""
@@ -94,24 +93,13 @@ def page(results: list[dict[str, Any]], figures: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def report(results: list[dict[str, Any]], drawn: dict[str, str], images: Path | None) -> str:
+def report(drawn: dict[str, str], images: Path | None) -> str:
+    """Every plot, to be zoomed, and sliders over images."""
     parts = ["<h2>Plots</h2><p>Zoom with the wheel.</p>", *(f"<figure>{text}</figure>" for text in drawn.values())]
     parts += ["<h2>Without and with</h2>", sliders(images)] if images else []
-    for section in sections(results):
-        parts += [
-            f"<h2>{html.escape(section.heading)}</h2>",
-            *(f"<p>{html.escape(line)}</p>" for line in section.lines),
-        ]
-        parts += [f"<p>{above}</p>{html_table(rows)}" for above, rows in section.tables]
     head = f'<meta charset="utf-8"><title>agentsd: benchmarks</title><style>{STYLE}</style>'
     body = "\n".join(["<h1>agentsd: benchmarks</h1>", *parts])
     return f"<!doctype html>{head}{body}<script>{SCRIPT}</script>"
-
-
-def html_table(rows: Rows) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-    lines = (f"<tr>{cells(row, 'td' if i else 'th')}</tr>" for i, row in enumerate(rows))
-    return f"<table>{''.join(lines)}</table>"
 
 
 def sliders(folder: Path, count: int = 3) -> str:
@@ -153,7 +141,7 @@ def main() -> None:
         options.html.mkdir(parents=True, exist_ok=True)
         for name, text in drawn.items():
             (options.html / f"{name}.svg").write_text(text)
-        (options.html / "report.html").write_text(report(results, drawn, options.images))
+        (options.html / "report.html").write_text(report(drawn, options.images))
         print(f"-> {options.html / 'report.html'}")
 
 

@@ -18,7 +18,7 @@ from running import BENCHMARKS, run
         ("latency.py", ["--size", "64", "128", "--out", "one.json"], "--out"),
         ("latency.py", ["--modes", "magic"], "--modes"),
         ("latency.py", ["--scheduler", "magic"], "--scheduler"),
-        ("latency.py", ["--device", "cpu", "--profile", "--modes", "compile"], "--profile"),
+        ("latency.py", ["--device", "cpu", "--profile", "--modes", "eager", "compile"], "--profile"),
         ("operations.py", ["--steps", "0"], "--steps"),
         ("operations.py", ["--methods", "magic"], "magic"),
         ("quality.py", ["--model", "no/such/model"], "no/such/model"),
