@@ -52,7 +52,7 @@ class AgentPVT(Pyramid):
         **options: Any,
     ):
         super().__init__(img_size, in_chans, num_classes, dims, depths, **options)
-        shapes = downstream_agent_shapes or [None] * len(depths)
+        shapes: Sequence[Grid | None] = downstream_agent_shapes or [None] * len(depths)
         drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         for i, (dim, heads, kind) in enumerate(zip(dims, num_heads, attn_type, strict=True)):
             grid = self.grid(i)

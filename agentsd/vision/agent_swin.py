@@ -38,7 +38,7 @@ class WindowBlock(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
-        return super()._attn(x)[:, :height, :width]  # type: ignore[no-any-return]
+        return super()._attn(x)[:, :height, :width]
 
     def _resize_loaded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, buffer in self.named_buffers():
@@ -99,9 +99,9 @@ class AgentSwin(Pyramid):
         self.patch_embed = PatchEmbed(
             None, 4, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True
         )
-        shapes = downstream_agent_shapes or [None] * len(depths)
+        shapes: Sequence[Grid | None] = downstream_agent_shapes or [None] * len(depths)
         rows, columns = window_size or (max(7, side // 8) for side in self.grid(0))
-        drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        drops: dict[str, Any] = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         stages = []
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
             blocks: list[nn.Module] = []
@@ -137,11 +137,11 @@ class AgentSwin(Pyramid):
         return [f"layers.{stage}", f"layers.{stage - 1}.downsample", f"norm{stage}"]
 
     def forward_stage(self, stage: int, x: Tensor) -> Tensor:
-        x = self.layers[stage - 1].downsample(x) if stage else self.patch_embed(x)
-        return self.run_blocks(self.layers[stage].blocks, x)
+        embed = self.get_submodule(f"layers.{stage - 1}.downsample" if stage else "patch_embed")
+        return self.run_blocks(self.get_submodule(f"layers.{stage}.blocks"), embed(x))
 
     def forward_feature(self, stage: int, x: Tensor) -> Tensor:
-        return self.get_submodule(f"norm{stage}")(x) if self.feature_norms else x  # type: ignore[no-any-return]
+        return self.get_submodule(f"norm{stage}")(x) if self.feature_norms else x
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.\w+\.(\d+)"

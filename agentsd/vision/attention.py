@@ -213,7 +213,7 @@ class AgentAttention(AgentPooling):
         convolved = to_tokens(self.dwc(values))
         if self.class_tokens:
             convolved = F.pad(convolved, (0, 0, self.class_tokens, 0))
-        return self.proj_drop(self.proj(x + convolved))  # type: ignore[no-any-return]
+        return self.proj_drop(self.proj(x + convolved))
 
 
 class ReducedAgentAttention(AgentAttention):

@@ -88,11 +88,11 @@ class Pyramid(nn.Module):
             for stage, dim in enumerate(dims)
         ]
         self.norm: nn.Module = nn.Identity()
-        self._num_classes, self._global_pool = num_classes, global_pool
+        self.num_classes, self.global_pool = num_classes, global_pool
 
     def finish(self) -> None:
         """Adds the classifier and initialises the weights."""
-        self.reset_classifier(self._num_classes, self._global_pool)
+        self.reset_classifier(self.num_classes)
         self.init_weights()
 
     def grid(self, stage: int) -> Grid:
@@ -174,7 +174,7 @@ class Pyramid(nn.Module):
         self.check_size(x)
         for stage in range(self.num_stages):
             x = self.forward_stage(stage, x)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.global_pool:
@@ -189,9 +189,9 @@ class Pyramid(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if global_pool not in ("avg", "", None):
-            raise ValueError(f"global_pool={global_pool!r}: 'avg', or '' for none")
         self.global_pool = self.global_pool if global_pool is None else global_pool
+        if self.global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool={self.global_pool!r}: 'avg', or '' for none")
         self.num_classes = num_classes
         head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head = head.to(next(self.parameters()).device).train(self.training)

@@ -1,0 +1,192 @@
+"""The three tasks that the emoji scenes can teach: each has a model, a loss and an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from scenes import CLASSES, Batch, Scenes
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.transforms.functional import normalize
+
+import agentsd.vision  # noqa: F401 (registers the models)
+from agentsd.vision.detection import mask_rcnn
+
+# A small Agent-PVT: 2.1 million parameters, and as many agents as 128 pixels leave tokens for.
+SMALL: dict[str, Any] = {
+    "img_size": 128,
+    "depths": (2, 2, 2, 2),
+    "dims": (32, 64, 128, 256),
+    "num_heads": (1, 2, 4, 8),
+    "mlp_ratios": (4, 4, 4, 4),
+    "agents": (9, 9, 16, 9),
+}
+FEATURES = {"downstream_agent_shapes": ((3, 3), (3, 3), (4, 4), (3, 3))}
+ATTENTION: dict[str, dict[str, Any]] = {
+    "agent": {"attn_type": "AAAA"},
+    "softmax": {"attn_type": "BBBB", "sr_ratios": (1, 1, 1, 1)},  # over all tokens, as agent attention is
+}
+
+
+def normalised(images: Tensor) -> Tensor:
+    return normalize(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+class Task:
+    """What `train.py` needs to know of a task.
+
+    Args:
+        attention: "agent" or "softmax".
+        folder: of the emoji.
+        device: where scenes are drawn.
+    """
+
+    things = 4
+    scales = (0.2, 0.5)
+    learning_rate = 1e-3
+    batch = 64
+    steps = 3000
+    precision = "bf16"  # on a GPU
+
+    def __init__(self, attention: str, folder: Path, device: torch.device, seed: int = 0):
+        drawn = {"things": self.things, "scales": self.scales, "device": device}
+        self.training = Scenes(folder, held_out=False, seed=seed, **drawn)
+        self.held_out = Scenes(folder, held_out=True, seed=1, **drawn)
+        self.options = {**SMALL, **ATTENTION[attention]}
+
+    def model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def evaluate(self, model: nn.Module, scenes: int) -> dict[str, float]:
+        """Figures of about `scenes` scenes of held-out emoji, the same ones each time."""
+        raise NotImplementedError
+
+    def batches(self, scenes: int) -> Any:
+        self.held_out.generator.manual_seed(1)
+        for _ in range(0, scenes, self.batch):
+            yield self.held_out.draw(self.batch)
+
+
+class Classify(Task):
+    """Which of the classes a picture of one emoji shows."""
+
+    things, scales, batch, steps = 1, (0.35, 0.9), 256, 4000
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=len(CLASSES))
+        self.cross_entropy = SoftTargetCrossEntropy()
+
+    def model(self) -> nn.Module:
+        return timm.create_model("agent_pvt_tiny", num_classes=len(CLASSES), drop_path_rate=0.1, **self.options)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        images, target = self.mixup(normalised(batch.images), batch.labels[:, 0])
+        return self.cross_entropy(model(images).float(), target)
+
+    def evaluate(self, model: nn.Module, scenes: int) -> dict[str, float]:
+        """Every held-out emoji as often as `scenes` asks for, so that each counts the same."""
+        self.held_out.generator.manual_seed(1)
+        emoji = torch.arange(len(self.held_out.emoji), device=self.held_out.device)[:, None]
+        accuracy = MulticlassAccuracy(len(CLASSES), average="micro").to(emoji.device)
+        for _ in range(max(1, scenes // len(emoji))):
+            batch = self.held_out.draw(len(emoji), emoji)
+            accuracy.update(model(normalised(batch.images)), self.held_out.labels)
+        return {"accuracy": accuracy.compute().item()}
+
+
+class Detect(Task):
+    """Where emoji are and what they are: Mask R-CNN."""
+
+    learning_rate, batch, steps, precision = 5e-4, 32, 2000, "no"  # torchvision makes anchors in the maps' precision
+
+    def model(self) -> nn.Module:
+        anchors = AnchorGenerator(tuple((size,) for size in (16, 24, 32, 48, 64)), ((0.5, 1.0, 2.0),) * 5)
+        size, hidden = self.training.size, 256
+        return mask_rcnn(
+            "agent_pvt_tiny",
+            None,
+            {**self.options, **FEATURES},
+            box_head=TwoMLPHead(256 * 7 * 7, hidden),
+            box_predictor=FastRCNNPredictor(hidden, 1 + len(CLASSES)),
+            mask_predictor=MaskRCNNPredictor(256, 64, 1 + len(CLASSES)),
+            rpn_anchor_generator=anchors,
+            min_size=size,
+            max_size=size,
+            rpn_pre_nms_top_n_train=500,
+            rpn_post_nms_top_n_train=200,
+            rpn_pre_nms_top_n_test=200,
+            rpn_post_nms_top_n_test=100,
+            box_batch_size_per_image=64,
+            box_detections_per_img=20,
+        )
+
+    def targets(self, batch: Batch) -> list[dict[str, Tensor]]:
+        boxes = batch.boxes()
+        shown = [labels >= 0 for labels in batch.labels]
+        return [
+            {"boxes": boxes[i][ok], "labels": batch.labels[i][ok] + 1, "masks": batch.masks[i][ok].to(torch.uint8)}
+            for i, ok in enumerate(shown)
+        ]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses: dict[str, Tensor] = model(list(batch.images), self.targets(batch))
+        return torch.stack(list(losses.values())).sum()
+
+    def evaluate(self, model: nn.Module, scenes: int) -> dict[str, float]:
+        """COCO's mAP of boxes and of masks, and of boxes whatever their class."""
+        precision = MeanAveragePrecision(iou_type=("bbox", "segm"))
+        found = MeanAveragePrecision()
+        for batch in self.batches(scenes):
+            predictions, targets = model(list(batch.images)), self.targets(batch)
+            for prediction in predictions:
+                prediction["masks"] = prediction["masks"][:, 0] > 0.5
+            precision.update(predictions, targets)
+            found.update(
+                *([{**x, "labels": torch.zeros_like(x["labels"])} for x in y] for y in (predictions, targets))
+            )
+        result = precision.compute()
+        return {
+            "box mAP": result["bbox_map"].item(),
+            "box mAP50": result["bbox_map_50"].item(),
+            "mask mAP": result["segm_map"].item(),
+            "box mAP of any class": found.compute()["map"].item(),
+        }
+
+
+class Segment(Task):
+    """The class of every pixel: UPerNet."""
+
+    def model(self) -> nn.Module:
+        options = {**self.options, **FEATURES}
+        return smp.UPerNet("tu-agent_pvt_tiny", encoder_weights=None, decoder_channels=96, classes=8, **options)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(normalised(batch.images)).float(), batch.segmentation())
+
+    def evaluate(self, model: nn.Module, scenes: int) -> dict[str, float]:
+        device = self.held_out.device
+        overlap = MulticlassJaccardIndex(1 + len(CLASSES)).to(device)
+        right = MulticlassAccuracy(1 + len(CLASSES), average="micro").to(device)
+        for batch in self.batches(scenes):
+            classes, target = model(normalised(batch.images)).argmax(1), batch.segmentation()
+            overlap.update(classes, target)
+            right.update(classes, target)
+        return {"mIoU": overlap.compute().item(), "pixel accuracy": right.compute().item()}
+
+
+TASKS: dict[str, type[Task]] = {"classify": Classify, "detect": Detect, "segment": Segment}
