@@ -23,7 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import agentsd.vision  # noqa: F401 (registers the models)
+import agentsd.vision  # registers the models
 
 # each family beside timm's: full attention over all tokens, reduced keys and values, windows
 TWINS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from math import isqrt
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg
@@ -43,6 +45,11 @@ def resize_square(position: Tensor, grid: Grid, class_tokens: int = 0) -> Tensor
     return resample_abs_pos_embed(
         position, list(grid), [side, side], class_tokens, antialias=False, align_corners=False
     )
+
+
+# The authors' training saves its configuration beside the weights. Read as a plain dictionary, it does no harm, and
+# ``weights_only`` need not be given up.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
 class Features(FeatureGetterNet):

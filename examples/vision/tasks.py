@@ -9,6 +9,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scenes import CLASSES, Batch, Scenes
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -18,7 +19,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import center_crop, normalize, pil_to_tensor, resize
 
 import agentsd.vision  # noqa: F401 (registers the models)
 from agentsd.vision.detection import mask_rcnn
@@ -33,6 +34,7 @@ SMALL: dict[str, Any] = {
     "agents": (9, 9, 16, 9),
 }
 FEATURES = {"downstream_agent_shapes": ((3, 3), (3, 3), (4, 4), (3, 3))}
+COLOURS = ["#f4c20d", "#db4437", "#0f9d58", "#ff7043", "#4285f4", "#ab47bc", "#00acc1"]  # of CLASSES
 ATTENTION: dict[str, dict[str, Any]] = {
     "agent": {"attn_type": "AAAA"},
     "softmax": {"attn_type": "BBBB", "sr_ratios": (1, 1, 1, 1)},  # over all tokens, as agent attention is
@@ -43,11 +45,29 @@ def normalised(images: Tensor) -> Tensor:
     return normalize(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
+def sizes(attention: str) -> dict[str, Any]:
+    """timm's options for the small model of that attention."""
+    return {**SMALL, **ATTENTION[attention]}
+
+
+def picture(path: Path) -> Tensor:
+    """(3, S, S) between 0 and 1: the middle of an image file, on white, at the size that is trained for."""
+    image = Image.open(path).convert("RGBA")
+    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    size = SMALL["img_size"]
+    return center_crop(resize(pil_to_tensor(on_white), size, antialias=True), [size, size]).float() / 255
+
+
+def write(path: Path, image: Tensor) -> None:
+    """Saves (3, H, W) bytes, four times as large."""
+    Image.fromarray(F.interpolate(image[None], scale_factor=4)[0].permute(1, 2, 0).numpy()).save(path)
+    print(f"wrote {path}")
+
+
 class Task:
     """What `train.py` needs to know of a task.
 
     Args:
-        attention: "agent" or "softmax".
         folder: of the emoji.
         device: where scenes are drawn.
     """
@@ -59,13 +79,14 @@ class Task:
     steps = 3000
     precision = "bf16"  # on a GPU
 
-    def __init__(self, attention: str, folder: Path, device: torch.device, seed: int = 0):
+    def __init__(self, folder: Path, device: torch.device, seed: int = 0):
         drawn = {"things": self.things, "scales": self.scales, "device": device}
         self.training = Scenes(folder, held_out=False, seed=seed, **drawn)
         self.held_out = Scenes(folder, held_out=True, seed=1, **drawn)
-        self.options = {**SMALL, **ATTENTION[attention]}
 
-    def model(self) -> nn.Module:
+    @staticmethod
+    def build(options: dict[str, Any]) -> nn.Module:
+        """The model, with `options` for timm's."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -91,8 +112,9 @@ class Classify(Task):
         self.mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=len(CLASSES))
         self.cross_entropy = SoftTargetCrossEntropy()
 
-    def model(self) -> nn.Module:
-        return timm.create_model("agent_pvt_tiny", num_classes=len(CLASSES), drop_path_rate=0.1, **self.options)
+    @staticmethod
+    def build(options: dict[str, Any]) -> nn.Module:
+        return timm.create_model("agent_pvt_tiny", num_classes=len(CLASSES), drop_path_rate=0.1, **options)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, target = self.mixup(normalised(batch.images), batch.labels[:, 0])
@@ -114,13 +136,14 @@ class Detect(Task):
 
     learning_rate, batch, steps, precision = 5e-4, 32, 2000, "no"  # torchvision makes anchors in the maps' precision
 
-    def model(self) -> nn.Module:
+    @staticmethod
+    def build(options: dict[str, Any]) -> nn.Module:
         anchors = AnchorGenerator(tuple((size,) for size in (16, 24, 32, 48, 64)), ((0.5, 1.0, 2.0),) * 5)
-        size, hidden = self.training.size, 256
+        size, hidden = options["img_size"], 256
         return mask_rcnn(
             "agent_pvt_tiny",
             None,
-            {**self.options, **FEATURES},
+            {**options, **FEATURES},
             box_head=TwoMLPHead(256 * 7 * 7, hidden),
             box_predictor=FastRCNNPredictor(hidden, 1 + len(CLASSES)),
             mask_predictor=MaskRCNNPredictor(256, 64, 1 + len(CLASSES)),
@@ -171,8 +194,9 @@ class Detect(Task):
 class Segment(Task):
     """The class of every pixel: UPerNet."""
 
-    def model(self) -> nn.Module:
-        options = {**self.options, **FEATURES}
+    @staticmethod
+    def build(options: dict[str, Any]) -> nn.Module:
+        options = {**options, **FEATURES}
         return smp.UPerNet("tu-agent_pvt_tiny", encoder_weights=None, decoder_channels=96, classes=8, **options)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

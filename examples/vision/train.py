@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from safetensors.torch import save_file
-from tasks import TASKS, Task
+from tasks import ATTENTION, TASKS, Task, sizes
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -30,7 +30,7 @@ WARM_UP = 0.05  # part of the training in which the learning rate rises
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--attention", choices=("agent", "softmax"), default="agent")
+    parser.add_argument("--attention", choices=ATTENTION, default="agent")
     parser.add_argument(
         "--emoji", type=Path, required=True, help="unpacked npm package emoji-datasource-google 16.0.0"
     )
@@ -62,10 +62,10 @@ class Run:
         torch.set_float32_matmul_precision("high")
         self.accelerator = Accelerator(mixed_precision=precision)
         self.args = args
-        self.task: Task = TASKS[args.task](args.attention, args.emoji, self.accelerator.device, args.seed)
+        self.task: Task = TASKS[args.task](args.emoji, self.accelerator.device, args.seed)
         self.task.batch = args.batch or self.task.batch
         self.steps: int = args.steps or self.task.steps
-        model = self.task.model().to(self.accelerator.device)
+        model = self.task.build(sizes(args.attention)).to(self.accelerator.device)
         optimizer = create_optimizer_v2(model, "adamw", self.task.learning_rate, args.weight_decay)
         self.ema = ModelEmaV3(model, decay=0.998, use_warmup=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
