@@ -44,7 +44,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         tensors = out if isinstance(out, tuple) else (out,)
         self.elements = max([self.elements, *(x.numel() for x in tensors if isinstance(x, torch.Tensor))])
