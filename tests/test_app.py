@@ -59,13 +59,16 @@ def address():
         port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / "app.py"), "--port", str(port), "--steps", "3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for _ in range(240):
+        for _ in range(600):  # five minutes: beside other tests it takes a while
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}").close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10).close()
                 break
             except OSError:
                 assert process.poll() is None, process.stdout.read()
                 time.sleep(0.5)
+        else:
+            process.terminate()
+            pytest.fail(f"the page does not come up: {process.stdout.read()}")
         yield f"http://127.0.0.1:{port}"
         process.terminate()
 
