@@ -111,6 +111,12 @@ def patched(model: Model, ratio: float | None = None, **settings: Any) -> Iterat
             forget_graphs()
 
 
+def _documented(own: str) -> str:
+    """With the settings in the place where they are referred to."""
+    described = (Settings.__doc__ or "").split("Attributes:\n")[1].split("    Raises:")[0].rstrip()
+    return own.replace("        settings: as `agentsd.Settings` documents them.", described)
+
+
 def _signature() -> inspect.Signature:
     """With every setting by its name and default, for `help` and editors."""
     own = inspect.signature(apply_patch)
@@ -123,4 +129,5 @@ def _signature() -> inspect.Signature:
     return own.replace(parameters=[*first, *rest])
 
 
+apply_patch.__doc__ = _documented(apply_patch.__doc__ or "")
 apply_patch.__signature__ = _signature()  # type: ignore[attr-defined]

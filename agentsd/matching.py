@@ -63,7 +63,8 @@ def partitions(
     is_src = torch.ones(len(generators), tokens, dtype=torch.uint8, device=device).scatter_(1, place, 0)
     order = is_src.argsort(dim=1, stable=True)
     inverse = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=device).expand_as(order))
-    return [Partition(*pair, rows * columns) for pair in zip(order, inverse, strict=True)]
+    pairs = zip(order.int(), inverse.int(), strict=True)  # which are kept for a whole trajectory
+    return [Partition(*pair, rows * columns) for pair in pairs]
 
 
 @dataclass(frozen=True)

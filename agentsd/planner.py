@@ -18,7 +18,7 @@ from agentsd.schedule import Counts, Moment, Phase
 from agentsd.settings import Settings
 
 Grid = tuple[int, int]
-DRAWN_AHEAD = 2**26  # bytes of draws that are made at once, as far as the schedule is known
+DRAWN_AHEAD = 2**24  # bytes of draws that are made at once, as far as the schedule is known
 MOST_DRAWS = 4  # kept for later: of each phase, and of the image after this one, which may have the same seed
 
 
@@ -29,11 +29,13 @@ class Plan:
     Attributes:
         phase: how tokens are merged or sampled.
         cached: whether the call reuses deep features.
+        steps: of the trajectory, that the schedule has in one phase with this call's.
         counts: by the index of a patched block, what becomes of its tokens; without the blocks that are left alone.
     """
 
     phase: Phase
     cached: bool
+    steps: range
     counts: dict[int, Counts]
 
 
@@ -48,8 +50,10 @@ def plan(settings: Settings, moment: Moment, grids: Sequence[Grid], cached: bool
     phase = settings.phase_at(moment)
     if cached and settings.cached is not None:
         phase = settings.cached
+    agents = round(settings.agent_steps * moment.steps)
+    steps = range(agents) if moment.step < agents else range(agents, max(moment.steps, moment.step + 1))
     counts = {i: _counts(phase, grid) for i, grid in enumerate(grids) if outermost[i] or not cached}
-    return Plan(phase, cached, {i: found for i, found in counts.items() if found.changed})
+    return Plan(phase, cached, steps, {i: found for i, found in counts.items() if found.changed})
 
 
 @lru_cache(maxsize=256)
@@ -85,17 +89,18 @@ class Draws:
         if not plan.counts:
             return {}
         used = {i: grids[i] for i in plan.counts}
-        size = sum(2 * 8 * height * width for height, width in used.values())
-        ahead = max(1, min(DRAWN_AHEAD // size, moment.steps)) if moment.calls is not None else 1
-        first = moment.step - moment.step % ahead if seed is not None else moment.step
-        steps = 1 if seed is None else min(ahead, max(moment.steps, moment.step + 1) - first)
-        key = (plan.phase.sy, plan.phase.sx, tuple(used.items()), seed, device, seed is not None and first, steps)
+        steps = range(moment.step, moment.step + 1)
+        if seed is not None and moment.calls is not None:  # the schedule is known, and so are the steps to come
+            ahead = max(1, DRAWN_AHEAD // sum(2 * 4 * height * width for height, width in used.values()))
+            passed = (moment.step - plan.steps.start) // ahead * ahead + plan.steps.start
+            steps = range(passed, min(passed + ahead, plan.steps.stop))
+        key = (plan.phase.sy, plan.phase.sx, tuple(used.items()), seed, device, steps if seed is not None else None)
         if (drawn := self._made.get(key)) is None:
-            drawn = self._draw(plan.phase, used, seed, range(first, first + steps), device)
+            drawn = self._draw(plan.phase, used, seed, steps, device)
             while len(self._made) >= MOST_DRAWS:
                 self._made.pop(next(iter(self._made)), None)
             self._made[key] = drawn
-        step = drawn[moment.step - first]
+        step = drawn[moment.step - steps.start]
         return {i: BlockPlan(counts, step[i]) for i, counts in plan.counts.items()}
 
     @staticmethod
@@ -171,7 +176,7 @@ class Now(threading.local):
 
     Attributes:
         call: the denoiser call.
-        tracks: the trajectories (`agentsd.reuse.Track`).
+        tracks: the trajectories (`agentsd.tracks.Track`).
     """
 
     def __init__(self) -> None:
