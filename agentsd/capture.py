@@ -175,6 +175,11 @@ def _read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[li
     return tensors, Recipe(shown, tree, call), kind
 
 
+def _is_capturing() -> bool:
+    """Whether somebody else records this call."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _timestep(given: Any, device: torch.device) -> Any:
     """On the device, since a graph would keep a number; in the types that diffusers chooses."""
     if isinstance(given, Tensor):
@@ -232,7 +237,7 @@ class Capture:
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._now.call
-        if call is None or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if call is None or torch.compiler.is_compiling() or _is_capturing():
             return forward(*args, **kwargs)
         try:
             if self._refused:
@@ -275,12 +280,13 @@ class Capture:
         shapes = None if call.shapes is None else dict(call.shapes)
 
         def function() -> tuple[Any, Tensor | None]:
-            self._now.call = planned = recipe.planned(inputs, shapes)
+            under_way, planned = self._now.call, recipe.planned(inputs, shapes)
+            self._now.call = planned
             try:
                 args, kwargs = recipe.arguments(inputs)
                 return forward(*args, **kwargs), planned.features
             finally:
-                self._now.call = call
+                self._now.call = under_way
 
         net: Any = self._net()
         try:
