@@ -163,7 +163,7 @@ def _read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[li
         tensors += [plan.partition.order, plan.partition.inverse]
     if call.features is not None:
         tensors.append(call.features)
-    enabled = torch.backends.cuda
+    enabled: Any = torch.backends.cuda
     kind = (
         repr(tree),
         tuple((type(leaf), leaf) for leaf in shown),
@@ -177,7 +177,8 @@ def _read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[li
 
 def _is_capturing() -> bool:
     """Whether somebody else records this call."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    cuda: Any = torch.cuda
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
 
 
 def _timestep(given: Any, device: torch.device) -> Any:
