@@ -41,7 +41,7 @@ class CudaGraphs:
             raise NoGraphError(f"the latents are on {device}, and CUDA graphs need a CUDA device")
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._side = torch.cuda.Stream(device)
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._last: torch.cuda.Stream | None = None
 
     def take_turn(self) -> None:
