@@ -52,7 +52,7 @@ def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None 
             f"max_downsample={chosen.max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
             f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
         )
-    if not chosen.acts and not chosen.reuses:
+    if not chosen.acts and not chosen.reuses and not chosen.cuda_graphs:
         why = "ratio=0" if chosen.ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
     pipeline = model if hasattr(model, "unet") else None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from agentsd.block import PatchedBlock
+from agentsd.capture import Capture
 from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Host, Inputs, Middle, Site
 from agentsd.models import unet_of
@@ -17,7 +18,7 @@ from agentsd.reuse import Reuse
 from agentsd.schedule import Moment
 from agentsd.settings import Settings
 from agentsd.trajectory import Trajectory
-from agentsd.wrapping import Weakly, Wrap, outside_the_graph, refuse_tracing
+from agentsd.wrapping import Weakly, Wrap, outside_the_graph, refuse_tracing, wrap
 
 ATTRIBUTE = "_agentsd_patch"
 
@@ -53,6 +54,7 @@ class Patch:
         said: set[str] = set()
         self.blocks = [PatchedBlock(index, site, settings, self._now, said) for index, site in enumerate(selected)]
         self.reuse = Reuse(settings, self.middle, self._now) if settings.reuses else None
+        self.capture = Capture(self._now) if settings.cuda_graphs else None
 
     def attach(self, net: nn.Module) -> None:
         self._handles = [
@@ -65,6 +67,8 @@ class Patch:
             self._patched.append((module.attn1, block))
             self._handles += block.attach(module)
         self._wraps: list[tuple[nn.Module, Wrap]] = self.reuse.attach(net) if self.reuse is not None else []
+        if self.capture is not None:
+            self._wraps.append((net, wrap(net, self.capture)))
         setattr(net, ATTRIBUTE, self)
         for other, patch in self.nets:
             if (alive := other()) is not None:
@@ -78,6 +82,8 @@ class Patch:
             block.reset(attn)
         for module, wrapped in self._wraps:
             wrapped.undo(module)
+        if self.capture is not None:
+            self.capture.forget()
         net.__dict__.pop(ATTRIBUTE, None)
         self._now.call = None
         self._now.tracks.clear()
@@ -94,6 +100,8 @@ class Patch:
             return
         self.latent_size = inputs.size
         self._now.call = self._recorded.plan(inputs.sample, self._call(net, inputs), True)
+        if self.capture is not None:
+            self.capture.look_at(net)
 
     def _call(self, net: nn.Module, inputs: Inputs) -> Call:
         settings, moment = self.settings, Moment(0, 1)

@@ -63,6 +63,11 @@ class Settings:
             alone, as with ``sample_kv``. Their errors average out, where those of full calls are carried on. 1 leaves
             cached calls to what the schedule says.
         patch_controlnet: patch the attention of the pipeline's ControlNets, too.
+        cuda_graphs: record a CUDA graph of each kind of call, and replay it in all others of that kind: the same
+            kernels, and so the same image, without waiting for Python to launch them one by one. Recorded anew where
+            shapes, types, constants, modules or addresses of weights change. Hooks of modules inside run only as it
+            is recorded. Where it cannot be, a warning says why, and calls run as without: on other devices, with
+            offloading, autocast or gradients. `torch.compile` has graphs of its own (``mode="reduce-overhead"``).
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -91,6 +96,7 @@ class Settings:
     cache_order: int = 0
     cache_cell: int = 1
     patch_controlnet: bool = False
+    cuda_graphs: bool = False
 
     @classmethod
     def of(cls, preset: str | None, given: Mapping[str, Any]) -> Settings:
