@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,8 @@ def lpips() -> Any:
     """None where its weights cannot be had."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # noqa: PLC0415
 
-    try:
+    with suppress(Exception):  # a download that fails raises whatever its library likes
         return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    except Exception:  # a download that fails raises whatever its library likes
-        return None
 
 
 def learned(images: Path, unpatched: Path, prompts: list[str], clip: str | None) -> tuple[dict[str, float], list[str]]:
