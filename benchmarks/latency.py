@@ -74,9 +74,9 @@ class Case:
 
     def path(self, size: int) -> Path:
         usual = {self.device: "cpu", f"batch-{self.batch}": "batch-2", f"{self.steps}-steps": "50-steps"}
-        unusual = [value for value, default in {**usual, self.scheduler: "euler"}.items() if value != default]
-        modes = self.modes if self.modes != ["eager"] else []
-        name = "-".join(["latency", Path(self.model).name, str(size), self.dtype, *unusual, *modes])
+        usual |= {self.scheduler: "euler", "-".join(self.modes): "eager"}
+        unusual = [value for value, default in usual.items() if value != default]
+        name = "-".join(["latency", Path(self.model).name, str(size), self.dtype, *unusual])
         return self.out or RESULTS / f"{name}.json"
 
 

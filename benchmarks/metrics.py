@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ EXTRACTOR = "efficientnet-lite0"
 GROUPS = 10  # left out in turn, to tell how sure a distance is
 MOST_DB = 100.0  # that of equal images, of which no PSNR can be had
 AT_ONCE = 64  # images
+# no processes to read the images: starting them takes longer
+HOW = {"cuda": torch.cuda.is_available(), "save_cpu_ram": True, "verbose": False, "samples_find_deep": False}
 
 
 class EffNetLite0(FeatureExtractorBase):
@@ -80,11 +83,9 @@ def distances(images: Path, reference: Path, extractor: str, features: str | Non
         kid_subset_size=min(100, count),
         prc_neighborhood=3,
         feature_extractor=extractor,
-        cuda=torch.cuda.is_available(),
         **_cached(images.name, features),
         input2_cache_name="reference",
-        verbose=False,
-        samples_find_deep=False,
+        **HOW,
     )
     names = {
         KEY_METRIC_FID: distance_name(extractor),
@@ -101,13 +102,13 @@ def _cached(name: str, features: str | None) -> dict[str, Any]:
 
 def without_each_group(images: Path, reference: Path, extractor: str, features: str | None = None) -> np.ndarray:
     """Frechet distances (GROUPS,) of ``images`` to ``reference``, a tenth of the former left out in turn, by lot."""
-    options = {"feature_extractor": extractor, "cuda": torch.cuda.is_available(), "verbose": False}
+    options = {**HOW, "feature_extractor": extractor}
     layer = utils.resolve_feature_layer_for_metric("fid", **options)
-    network = utils.create_feature_extractor(extractor, [layer], cuda=options["cuda"])
+    network = utils.create_feature_extractor(extractor, [layer], cuda=HOW["cuda"])
 
     def features_of(folder: Path, name: str) -> Tensor:
         found = utils.extract_featuresdict_from_input_id_cached(
-            1, network, input1=str(folder), samples_find_deep=False, **_cached(name, features), **options
+            1, network, input1=str(folder), **_cached(name, features), **options
         )
         return found[layer]
 
@@ -171,10 +172,8 @@ def lpips() -> Any:
     """None where its weights cannot be had."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity  # noqa: PLC0415
 
-    try:
+    with suppress(Exception):  # a download that fails raises whatever its library likes
         return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
-    except Exception:  # a download that fails raises whatever its library likes
-        return None
 
 
 def learned(images: Path, unpatched: Path, prompts: list[str], clip: str | None) -> tuple[dict[str, float], list[str]]:

@@ -214,12 +214,8 @@ def main() -> None:
             generate(pipe, study, name, method, prompts, show)
     if state.is_main_process:
         settings = {**study.settings(), "processes": state.num_processes}
-        result = {
-            "kind": "quality",
-            **card(str(state.device)),
-            "settings": settings,
-            **measure(study, methods, prompts),
-        }
+        found = measure(study, methods, prompts)
+        result = {"kind": "quality", **card(str(state.device)), "settings": settings, **found}
         write_json(study.path, result)
         print_table(result, quality_rows(result))
         print(*result["notes"], f"-> {study.path}", sep="\n")
