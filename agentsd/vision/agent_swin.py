@@ -149,9 +149,8 @@ class AgentSwin(Pyramid):
 
     def _keep_feature_norms(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Classifiers know no norms of features: theirs stay as initialised."""
-        norms = {
-            f"{prefix}{name}": value for name, value in self.state_dict().items() if name[:4] == "norm" != name[:5]
-        }
+        state = self.state_dict().items()
+        norms = {f"{prefix}{name}": value for name, value in state if name[:4] == "norm" and name[4].isdigit()}
         if f"{prefix}patch_embed.proj.weight" in state_dict and not norms.keys() & state_dict.keys():
             state_dict.update(norms)
 

@@ -194,7 +194,7 @@ class Pyramid(nn.Module):
             raise ValueError(f"global_pool={self.global_pool!r}: 'avg', or '' for none")
         self.num_classes = num_classes
         head: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.head = head.to(next(self.parameters()).device).train(self.training)
+        self.head = head.to(next(self.parameters())).train(self.training)
 
     @torch.no_grad()
     def init_weights(self) -> None:

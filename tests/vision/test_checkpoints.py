@@ -107,6 +107,13 @@ def test_what_is_no_checkpoint_of_the_model_is_an_error(features: bool, tmp_path
         created("agent_pvt_tiny", features_only=features, checkpoint_path=path)
 
 
+@pytest.mark.parametrize("missing", ["norm.weight", "patch_embed.norm.weight"])
+def test_a_swin_without_a_norm_is_an_error(missing: str, tmp_path: Path) -> None:
+    state = official_state(created("agent_swin_tiny"))
+    with pytest.raises(RuntimeError, match=f"Missing key.*{missing}"):
+        created("agent_swin_tiny", checkpoint_path=saved(tmp_path, {k: v for k, v in state.items() if k != missing}))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_fine_tuning_takes_all_but_the_classifier(name: str, tmp_path: Path) -> None:
     """timm's `pretrained` with a file: a new classifier, and a first convolution for other channels."""

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import agentsd.vision  # noqa: F401 (registers the models)
 
-CASES, TENSORS = load("models")
+FACTS, TENSORS = load("models")
+CASES = FACTS["cases"]
 STATES = state_dicts()
 
 
