@@ -30,7 +30,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def load(pipeline: Any, args: argparse.Namespace, **components: Any) -> Any:
     """The pipeline of ``--model``, on the fastest device there is."""
-    return pipeline.from_pretrained(args.model, torch_dtype=DTYPE, **components).to(DEVICE)
+    return pipeline.from_pretrained(args.model, **components).to(DEVICE, DTYPE)
 
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def small_sdxl() -> StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=64 + 6 * 16,
     )
     return StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(demo, subfolder="vae", torch_dtype=torch.float32),
+        vae=AutoencoderKL.from_pretrained(demo, subfolder="vae"),
         text_encoder=CLIPTextModel(text),
         text_encoder_2=CLIPTextModelWithProjection(text),
         tokenizer=tokenizer,
