@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import precision
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -157,7 +158,7 @@ def main() -> None:
     args.prompt = args.prompt or DEMO_PROMPTS
     try:
         dtype = torch.float32 if args.device == "cpu" else torch.float16
-        pipe = DiffusionPipeline.from_pretrained(args.model).to(args.device, dtype)
+        pipe = DiffusionPipeline.from_pretrained(args.model, **precision(dtype)).to(args.device)
         with agentsd.patched(pipe, ratio=args.ratio):
             generate(pipe, args, "warm-up", steps=1)
     except (OSError, TypeError, ValueError) as error:
