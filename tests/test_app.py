@@ -25,7 +25,7 @@ GIVEN = {"prompt": PROMPT, "ratio": 0.4, "agent_steps": 0.4, "steps": 2, "guidan
 def comparison():
     from app import Comparison  # noqa: PLC0415
 
-    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "demo_model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "demo_model").to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return Comparison(pipe)
 

@@ -50,7 +50,7 @@ def test_wrong_arguments_are_said_in_one_line(run_script, arguments, message):
 
 @pytest.fixture(scope="module")
 def demo() -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -91,7 +91,7 @@ def test_guidance_steers_the_demo_model(demo):
 
 
 def test_the_preset_is_timed_by_its_own_calls(monkeypatch, capsys):
-    """A call that is booked as cheap is one: of a round's six calls the last alone leaves the middle out."""
+    """A call that is booked as cached is one: of a round's six calls the last alone leaves the middle out."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import quickstart  # noqa: PLC0415
 

@@ -77,7 +77,7 @@ def test_the_encoders_give_what_the_pipeline_gives(mmdit, tokenizer, tmp_path):
     nets = mmdit.new_models(tokenizer, **TINY)
     mmdit.save(mmdit.pipeline(nets, vae, tokenizer), tmp_path)
     absent = {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path, torch_dtype=torch.float32, **absent)
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path, **absent).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     captions = ["small cat on a blue background, left", ""]
     ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids

@@ -85,7 +85,7 @@ def load(args: argparse.Namespace) -> DiffusionPipeline:
     index = json.loads((args.model / "model_index.json").read_text())
     absent = {name: None for name, part in index.items() if part == [None, None]}
     dtype = torch.float32 if args.device == "cpu" else torch.float16
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype, **absent).to(args.device)
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=dtype, **absent).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -184,7 +184,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     scenes = Scenes(args.emoji)
-    vae = AutoencoderKL.from_pretrained(args.demo, subfolder="vae", torch_dtype=torch.float32).to(args.device).eval()
+    vae = AutoencoderKL.from_pretrained(args.demo, subfolder="vae").to(args.device).eval()
     vae.register_to_config(shift_factor=0.0)  # StableDiffusion3Pipeline adds it
     tokenizer = CLIPTokenizer.from_pretrained(args.demo, subfolder="tokenizer")
     nets = new_models(tokenizer)
