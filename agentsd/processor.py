@@ -30,9 +30,15 @@ PLAIN_PROCESSORS = tuple(
 )
 
 
+def processor_of(attn: Any) -> Any:
+    """The layer's own processor, also while a call of another thread has taken it over; None where it has none."""
+    processor = getattr(attn, "processor", None)
+    return processor.own if isinstance(processor, AgentAttnProcessor) else processor
+
+
 def can_use_agents(attn: Any) -> bool:
     """Whether agent attention can stand in for ``attn``: plain self-attention without extras of its own."""
-    if type(getattr(attn, "processor", None)) not in PLAIN_PROCESSORS:
+    if type(processor_of(attn)) not in PLAIN_PROCESSORS:
         return False
     return not (attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None)
 
@@ -42,7 +48,7 @@ def can_sample_kv(attn: Any) -> bool:
 
     The processor says which projection runs. A layer that was fused and unfused still claims to be fused.
     """
-    processor = type(getattr(attn, "processor", None))
+    processor = type(processor_of(attn))
     return processor in PLAIN_PROCESSORS and processor.__name__ != "FusedAttnProcessor2_0"
 
 
@@ -51,8 +57,8 @@ def keeper(layer: Any) -> str:
 
     What is made of merged tokens fits no other call: each has an order of its own. accelerate and compilers keep none.
     """
-    if hasattr(getattr(layer, "processor", None), "attention_probs"):
-        return type(layer.processor).__name__
+    if hasattr(processor_of(layer), "attention_probs"):
+        return type(processor_of(layer)).__name__
     forward = vars(layer).get("forward")
     own = getattr(forward, "__func__", None) is type(layer).forward or hasattr(forward, "_torchdynamo_orig_callable")
     if forward is None or own or hasattr(layer, "_hf_hook"):
@@ -63,7 +69,7 @@ def keeper(layer: Any) -> str:
 
 def possible(attn: Any, counts: Counts, merges: bool) -> tuple[Counts, str]:
     """What ``attn`` can do of what is planned for its tokens, and why no more. It may be gone since."""
-    processor = type(getattr(attn, "processor", None)).__name__
+    processor = type(processor_of(attn)).__name__
     if not hasattr(attn, "processor"):
         return Counts(counts.tokens), "unchanged: the block has been replaced since"
     if counts.keys and not can_sample_kv(attn):
@@ -94,7 +100,7 @@ class AgentAttnProcessor:
         self.k_scale2 = k_scale2
         self.k_shortcut = k_shortcut
         self._now = now
-        self._own: Any = None
+        self.own: Any = None  # of the layer
         self._calls = 0  # that have taken the layer over, and not come yet
         self._lock = threading.Lock()
 
@@ -119,7 +125,7 @@ class AgentAttnProcessor:
         """Compute the next call of ``attn`` in this thread."""
         with nullcontext() if torch.compiler.is_compiling() else self._lock:
             if attn.processor is not self:
-                self._own, attn.processor = attn.processor, self
+                self.own, attn.processor = attn.processor, self
             self._calls += 1
 
     def give_back(self, attn: Any, calls: int = 1) -> None:
@@ -127,7 +133,7 @@ class AgentAttnProcessor:
         with nullcontext() if torch.compiler.is_compiling() else self._lock:
             self._calls = max(self._calls - calls, 0)
             if not self._calls and getattr(attn, "processor", None) is self:
-                attn.processor = self._own
+                attn.processor = self.own
 
     def __call__(
         self,
@@ -140,7 +146,7 @@ class AgentAttnProcessor:
         """(B, M, C) merged tokens -> (B, M, C)."""
         tokens = self.agents
         if tokens is None:
-            return cast(Tensor, self._own(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+            return cast(Tensor, self.own(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
         self._taken_up()
         self.give_back(attn)
         query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(tokens))

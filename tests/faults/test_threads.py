@@ -214,3 +214,17 @@ def test_an_image_made_in_the_callback_of_another(name):
 
     assert torch.equal(image(pipe, steps=STEPS, callback_on_step_end=preview), alone[0][0])
     assert is_one_of(previews[0], alone[1])
+
+
+@pytest.mark.parametrize("settings", ["agents", "sampling"])
+def test_a_layer_that_another_thread_has_taken_over_does_what_was_planned(settings):
+    """A thread that finds agent attention in a layer's place has agents, or samples keys, all the same."""
+    pipe = make_pipeline()
+    agentsd.apply_patch(pipe, **{**SETTINGS[settings], "min_tokens": 0})
+    alone = image(pipe, steps=2)
+    attn = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    other = pipe.unet._agentsd_patch.blocks[0]._processor
+    other.take_over(attn)  # by a call that never comes
+    together = image(pipe, steps=2)
+    other.give_back(attn)
+    assert torch.equal(together, alone)
