@@ -72,7 +72,9 @@ def test_twins_are_of_one_size() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_training_goes_on_and_its_model_is_used(task: str, emoji: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+def test_training_goes_on_and_its_model_is_used(
+    task: str, emoji: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
     output, scene, drawn = tmp_path / "run", tmp_path / "scene.png", tmp_path / "drawn.png"
     common = (task, "--emoji", emoji, "--output", output, "--batch", 2, "--evaluate-scenes", 2, "--evaluations", 2)
     run(EXAMPLES / "train.py", *common, "--steps", 2)
