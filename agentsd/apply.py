@@ -39,6 +39,7 @@ def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None 
     Raises:
         TypeError: ``model`` or an argument is of the wrong type, or there is no such setting.
         ValueError: an argument is out of its range, or ``model`` has no layer to patch.
+        RuntimeError: in the middle of a call of a patched denoiser.
     """
     given = settings if ratio is None else {"ratio": ratio, **settings}
     chosen = Settings.of(preset, given)
@@ -60,6 +61,10 @@ def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None 
     for net, alone in _controlnets(model, chosen).items():
         patch.nets.append((Weakly(net), Patch(net, host_of(net), alone, pipeline)))
     remove_patch(model)
+    if patch_of(model) is not None:
+        raise RuntimeError(
+            "agentsd: a denoiser cannot be patched anew in the middle of its own call: do it between two."
+        )
     patch.attach(unet)
     forget_graphs()
     return model

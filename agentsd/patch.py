@@ -18,7 +18,7 @@ from agentsd.reuse import Reuse
 from agentsd.schedule import Moment
 from agentsd.settings import Settings
 from agentsd.trajectory import Trajectory
-from agentsd.wrapping import Weakly, Wrap, outside_the_graph, refuse_tracing, wrap
+from agentsd.wrapping import Weakly, Wrap, is_running, outside_the_graph, refuse_tracing, wrap
 
 ATTRIBUTE = "_agentsd_patch"
 
@@ -46,6 +46,7 @@ class Patch:
         self._now = Now()
         self._draws = Draws()
         self._recorded: RecordedPlans[Call] = RecordedPlans()
+        self._leaving = False
         self._grids: dict[Grid, tuple[Grid, ...]] = {}
         self._seen: set[Grid] = set()
         selected = select(self.sites, settings)
@@ -75,7 +76,10 @@ class Patch:
                 patch.attach(alive)
 
     def detach(self, net: nn.Module) -> None:
-        """Never raises: modules may have been replaced since."""
+        """Never raises: modules may have been replaced since. In the middle of a call it waits for its end."""
+        self._leaving = self._now.call is not None and is_running(net)
+        if self._leaving:
+            return
         for handle in self._handles:
             handle.remove()
         for attn, block in self._patched:
@@ -124,6 +128,8 @@ class Patch:
     @outside_the_graph
     def _after_call(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._end()
+        if self._leaving:
+            self.detach(net)
 
     def _end(self) -> None:
         call, self._now.call = self._now.call, None

@@ -95,7 +95,7 @@ class Report:
             head.insert(0, f"{self.full} of {USUAL_STEPS} calls are full; {share}, by multiply-adds")
             if not self.patched:
                 head[1] = "attention is left as it is in all calls"
-        if any(self.last.values()):
+        if settings.reuses and any(self.last.values()):
             head.append("the last image: {full} full and {cached} cached calls".format(**self.last))
         head[0] = f"agentsd: {head[0]}"
         listed = [layer for layer in self.layers if layer.phases]

@@ -84,6 +84,16 @@ TRACED = (
 _REASON = {"reason": TRACED} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
 
 
+def is_running(net: nn.Module) -> bool:
+    """Whether a call of ``net`` is under way in this thread."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is net:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def outside_the_graph(function: Function) -> Function:
     """Never trace ``function``: a plan follows the scheduler, and would be compiled anew for each step.
 
