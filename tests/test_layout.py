@@ -9,6 +9,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "agentsd"
 ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "hosts.base"}
+EXTRAS = {"vision": {"torch", "timm", "torchvision"}}  # what needs an extra, and imports no diffusers
 MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "schedule": "",
     "matching": "",
@@ -34,15 +35,18 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "apply": "wrapping settings hosts models patch",
     "reports": "schedule settings hosts planner processor models patch",
     "": "settings apply reports",
+    "vision": "attention",
 }
 
 
 def name_of(path) -> str:
-    """``hosts.unet`` for ``agentsd/hosts/unet.py``, and nothing for the package itself."""
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).replace("__init__", "").rstrip(".")
+    """``hosts.unet`` for ``agentsd/hosts/unet.py``, and nothing for the package itself; `vision` is one, whole."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "vision" if parts[0] == "vision" else ".".join(parts).replace("__init__", "").rstrip(".")
 
 
-MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {name: [path for path in FILES if name_of(path) == name] for name in map(name_of, FILES)}
 
 
 def imports_of(source: str) -> tuple[set[str], set[str]]:
@@ -60,11 +64,15 @@ def imports_of(source: str) -> tuple[set[str], set[str]]:
             continue
         for name in names:
             package, _, module = name.partition(".")
-            own.add(module) if package == "agentsd" else others.add(package)
+            if package == "agentsd":
+                own.add("vision" if module.startswith("vision.") else module)
+            else:
+                others.add(package)
     return own, others
 
 
 def test_imports_are_found_in_every_form():
+    assert imports_of("from agentsd.vision.build import build")[0] == {"vision"}
     lines = ["import agentsd.patch", "from agentsd import merge, report", "def f():", "    import agentsd.hosts.unet"]
     assert imports_of("\n".join(lines)) == ({"patch", "merge", "", "hosts.unet"}, set())
     others = imports_of("import torch.nn as nn\nfrom diffusers.models import attention")[1]
@@ -77,10 +85,11 @@ def test_every_module_is_in_the_table():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_what_it_may(module):
-    own, others = imports_of(MODULES[module].read_text())
-    assert own <= set(MAY_IMPORT[module].split())
-    allowed = {"torch"} if module in ALGORITHM else {"torch", "diffusers"}
-    assert others - sys.stdlib_module_names <= allowed
+    allowed = {"torch"} if module in ALGORITHM else EXTRAS.get(module, {"torch", "diffusers"})
+    for path in MODULES[module]:
+        own, others = imports_of(path.read_text())
+        assert own - {module} <= set(MAY_IMPORT[module].split()), path.name
+        assert others - sys.stdlib_module_names <= allowed, path.name
 
 
 def test_the_order_has_no_circle_and_is_that_of_the_contributors_page():
@@ -89,7 +98,7 @@ def test_the_order_has_no_circle_and_is_that_of_the_contributors_page():
         assert set(MAY_IMPORT[module].split()) <= set(order[:place]), module
     page = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| (`[^|]+) \|", page, flags=re.MULTILINE)
-    assert [name for row in rows for name in re.findall(r"`([a-z.]+)`", row)] == order[:-1]
+    assert [name for row in rows for name in re.findall(r"`([a-z.]+)`", row)] == [name for name in order if name]
 
 
 def test_the_algorithm_is_made_of_itself():

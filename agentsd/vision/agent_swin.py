@@ -143,6 +143,16 @@ class AgentSwin(Pyramid):
     def forward_feature(self, stage: int, x: Tensor) -> Tensor:
         return self.get_submodule(f"norm{stage}")(x) if self.feature_norms else x
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As `Pyramid` does, and drops the norms of maps that are not given out: nothing would train them."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        for stage in range(self.num_stages):
+            if self.feature_norms and stage not in take:
+                delattr(self, f"norm{stage}")
+        return take
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.\w+\.(\d+)"
         return {"stem": r"^patch_embed", "blocks": [(blocks, None), (r"^layers\.(\d+)", (0,)), (r"^norm", (99999,))]}

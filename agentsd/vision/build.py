@@ -52,6 +52,11 @@ def resize_square(position: Tensor, grid: Grid, class_tokens: int = 0) -> Tensor
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
+def names_of(model: nn.Module) -> set[str]:
+    """Of its modules, parameters and buffers."""
+    return {name for name, _ in model.named_modules()} | set(model.state_dict())
+
+
 class Features(FeatureGetterNet):
     """timm's `features_only`, which takes official checkpoints as they are.
 
@@ -60,9 +65,9 @@ class Features(FeatureGetterNet):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **options: Any):
-        whole = set(model.state_dict())
+        whole = names_of(model)
         super().__init__(model, *args, **options)
-        self._passed_over = whole - set(model.state_dict())
+        self._dropped = whole - names_of(model)
         self.register_load_state_dict_pre_hook(self._from_official)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -77,7 +82,8 @@ class Features(FeatureGetterNet):
         for key in keys:
             value = state_dict.pop(key)
             name = key.removeprefix(backbone if dense else prefix)
-            if (dense and not key.startswith(backbone)) or name in self._passed_over:
+            gone = name in self._dropped or name.rpartition(".")[0] in self._dropped
+            if gone or (dense and not key.startswith(backbone)):
                 continue
             state_dict[f"{prefix}model.{name}"] = value
 

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import center_crop, normalize, pil_to_ten
 import agentsd.vision  # noqa: F401 (registers the models)
 from agentsd.vision.detection import mask_rcnn
 
-# A small Agent-PVT: 2.1 million parameters, and as many agents as 128 pixels leave tokens for.
+# A small Agent-PVT: 2.4 million parameters as a classifier, and as many agents as 128 pixels leave tokens for.
 SMALL: dict[str, Any] = {
     "img_size": 128,
     "depths": (2, 2, 2, 2),

@@ -18,6 +18,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 AGENTS = {"img_size": 64, "downstream_agent_shapes": ((3, 3), (3, 3), (2, 2), (2, 2))}
 DETECTORS = {"mask_rcnn": mask_rcnn, "retinanet": retinanet}
+FEW = {"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 10, "box_batch_size_per_image": 16}
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -25,7 +26,8 @@ DETECTORS = {"mask_rcnn": mask_rcnn, "retinanet": retinanet}
 @torch.enable_grad()
 def test_detector(name: str, detector: str) -> None:
     torch.manual_seed(0)
-    model = DETECTORS[detector](name, 3, {**SMALL[name], **AGENTS}, min_size=64, max_size=96)
+    proposals = FEW if detector == "mask_rcnn" else {}
+    model = DETECTORS[detector](name, 3, {**SMALL[name], **AGENTS}, min_size=64, max_size=96, **proposals)
     images = [torch.rand(3, 64, 96), torch.rand(3, 80, 64)]
     masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
     masks[:, 10:40, 20:60] = 1

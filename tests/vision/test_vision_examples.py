@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,11 +39,16 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(script: Path, *arguments: object) -> str:
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(run_script: Callable) -> Callable[..., str]:
+    """What a script prints."""
+
+    def output(script: Path, *arguments: object) -> str:
+        done = run_script(script, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return output
 
 
 def test_scenes_say_what_they_show(emoji: Path) -> None:
@@ -67,7 +72,9 @@ def test_twins_are_of_one_size() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_training_goes_on_and_its_model_is_used(task: str, emoji: Path, tmp_path: Path) -> None:
+def test_training_goes_on_and_its_model_is_used(
+    task: str, emoji: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
     output, scene, drawn = tmp_path / "run", tmp_path / "scene.png", tmp_path / "drawn.png"
     common = (task, "--emoji", emoji, "--output", output, "--batch", 2, "--evaluate-scenes", 2, "--evaluations", 2)
     run(EXAMPLES / "train.py", *common, "--steps", 2)
@@ -83,7 +90,7 @@ def test_training_goes_on_and_its_model_is_used(task: str, emoji: Path, tmp_path
         assert drawn.exists()
 
 
-def test_benchmark_on_a_folder_of_images(tmp_path: Path) -> None:
+def test_benchmark_on_a_folder_of_images(tmp_path: Path, run: Callable[..., str]) -> None:
     for label in ("a", "b"):
         (tmp_path / "data" / label).mkdir(parents=True)
         save_image(torch.rand(3, 40, 30), tmp_path / "data" / label / "0.png")
