@@ -216,10 +216,20 @@ def compiled(mode: str) -> Callable[[nn.Module], Undo]:
     return prepare
 
 
+def graphed(method: Method) -> Method | None:
+    """The same with CUDA graphs of the patch's own; without one in it, under a patch that does nothing else."""
+    if method.apply is unpatched:
+        return replace(method, apply=agent(ratio=0, cuda_graphs=True).apply)
+    if set(method.settings) != {"agentsd"}:
+        return None
+    return replace(method, apply=agent(**method.settings["agentsd"], cuda_graphs=True).apply)
+
+
 # how a UNet runs: each takes a method and gives the one that runs so, or None where it cannot
 MODES: dict[str, Callable[[Method], Method | None]] = {
     "eager": lambda method: method,
     "channels-last": lambda method: prepared(method, channels_last),
+    "cuda-graphs": graphed,
     "compile": lambda method: prepared(method, compiled("default")),
     "reduce-overhead": lambda method: prepared(method, compiled("reduce-overhead")),
 }

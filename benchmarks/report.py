@@ -57,7 +57,7 @@ class Section:
 
 def load(folder: Path) -> list[dict[str, Any]]:
     """The results of a folder: GPUs before CPUs, latency before quality, then by model, data type and size."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"), key=lambda path: path.stem)]
 
     def order(result: dict[str, Any]) -> tuple[Any, ...]:
         settings = result["settings"]

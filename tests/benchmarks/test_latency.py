@@ -6,6 +6,8 @@ import pytest
 import torch
 from running import FAST, PAPER, run
 
+import agentsd
+
 TINY = ["--model", "tiny", "--size", "128", "--device", "cpu", "--dtype", "float32", "--rounds", "2", "--steps", "4"]
 
 
@@ -119,6 +121,23 @@ def test_modes_change_no_image_and_are_undone(mode, monkeypatch):
     assert pipe.unet._compiled_call_impl is None
     assert asked == {"channels-last": [], "compile": [{"mode": "default"}]}.get(mode, [{"mode": mode}])
     assert not pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cuda_graphs_are_for_what_is_agentsd_alone(monkeypatch):
+    """Unpatched, too, which takes a patch that does nothing but record."""
+    from methods import METHODS, MODES  # noqa: PLC0415
+
+    asked = []
+    monkeypatch.setattr(agentsd, "apply_patch", lambda pipe, **settings: asked.append(settings))
+    running = {name: MODES["cuda-graphs"](method) for name, method in METHODS.items()}
+    for name in ("unpatched", "unpatched, 1/2 of the steps", PAPER, "agentsd balanced"):
+        running[name].apply(None)
+    assert all(settings["cuda_graphs"] for settings in asked)
+    assert [settings.get("ratio") for settings in asked[:2]] == [0, 0]
+    assert asked[3] == METHODS["agentsd balanced"].settings["agentsd"] | {"cuda_graphs": True}
+    assert running["unpatched, 1/2 of the steps"].steps(4) == 2
+    for name in ("tomesd r=0.4", "DeepCache N=3", "agentsd r=0.4 + DeepCache N=3"):
+        assert running[name] is None
 
 
 def test_what_cannot_run_in_a_mode_is_left_out_and_named(tmp_path, monkeypatch):
