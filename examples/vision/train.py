@@ -90,6 +90,10 @@ class Run:
     def progress(self) -> float:
         return max(self.history["step"] / self.steps, self.history["seconds"] / self.args.seconds)
 
+    def due(self) -> int:
+        """How many evaluations belong to the progress made; a run that goes on may have been given more steps."""
+        return int(min(1.0, self.progress()) * self.args.evaluations + 1e-9)
+
     def step(self) -> torch.Tensor:
         rate = learning_rate(self.task.learning_rate, min(1.0, self.progress()))
         for group in self.optimizer.param_groups:
@@ -121,7 +125,7 @@ class Run:
         (self.output / "history.json").write_text(json.dumps(self.history, indent=1) + "\n")
 
     def train(self) -> None:
-        evaluated = len(self.history["evaluations"])
+        evaluated = self.due()
         bar = tqdm(total=self.steps, initial=self.history["step"], desc=f"{self.args.task} {self.args.attention}")
         start = time.perf_counter() - self.history["seconds"]
         while self.progress() < 1:
@@ -131,8 +135,8 @@ class Run:
             if self.history["step"] % 20 == 0:
                 self.history["loss"].append([self.history["step"], round(loss.item(), 4)])
                 bar.set_postfix(loss=self.history["loss"][-1][1])
-            if self.progress() >= (evaluated + 1) / self.args.evaluations:
-                evaluated += 1
+            if self.due() > evaluated:
+                evaluated = self.due()
                 self.save()
                 figures = {name: round(value, 4) for name, value in self.evaluate().items()}
                 self.history["evaluations"].append(
