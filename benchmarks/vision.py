@@ -134,7 +134,7 @@ def imagenet(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Accuracy of a checkpoint on a folder of classes' folders, in the authors' evaluation."""
     model = timm.create_model(args.model, checkpoint_path=args.checkpoint or "", img_size=args.sizes[0])
     model = model.eval().to(args.device)
-    config = timm.data.resolve_model_data_config(model)
+    config = timm.data.resolve_data_config({"img_size": args.sizes[0]}, model=model)
     loader = torch.utils.data.DataLoader(
         timm.data.create_dataset("folder", str(args.data), transform=timm.data.create_transform(**config)),
         args.batch,
