@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-NAMES = ("README.md", "CONTRIBUTING.md", "docs/compatibility.md", "examples/demo_model/README.md")
+CARDS = ("examples/demo_model/README.md", "examples/demo_model_sd3/README.md")
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/compatibility.md", *CARDS)
 PAGES = [ROOT / name for name in NAMES]
 
 
