@@ -11,6 +11,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,16 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+
+
+VISION = ("timm", "torchvision", "segmentation_models_pytorch", "torchmetrics", "pycocotools")
+
+
+def pytest_pycollect_makemodule(module_path) -> None:
+    """The tests of vision need its extra, whole: without it they are skipped, and it is said why."""
+    missing = [name for name in VISION if not find_spec(name)] if module_path.parent.name == "vision" else []
+    if missing:
+        pytest.skip(f'{", ".join(missing)} missing: pip install "agentsd[vision]"')
 
 
 @pytest.fixture(params=list(UNETS))
