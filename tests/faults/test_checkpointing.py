@@ -86,9 +86,8 @@ def of_the_latents(unet):
     inputs = unet_inputs()
     inputs["sample"].requires_grad_()
     for timestep in (900, 100):
-        output = unet(**inputs | {"timestep": timestep}).sample
-        torch.autograd.grad(output.square().mean(), inputs["sample"])
-    unet(**inputs).sample.square().mean().backward()
+        unet(**inputs | {"timestep": timestep}).sample.square().mean().backward()
+    assert inputs["sample"].grad is not None
 
 
 ORDERS = [
@@ -132,23 +131,16 @@ def tensors() -> int:
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["outputs dropped", "outputs kept"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_recorded_calls_without_a_backward_pass_pile_up_nothing(checkpointing, kept):
-    """A validation loop whose author forgot `no_grad`: as many tensors after forty calls as an unpatched UNet has."""
-    grown = []
-    for settings in (None, {"seed": 0}):
-        unet = make_unet().train()
-        if settings is not None:
-            agentsd.apply_patch(unet, **settings)
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
-        outputs, counts = [], []
-        with torch.enable_grad():
-            for call in range(30):
-                outputs.append(unet(**unet_inputs(timestep=999 - call)).sample)
-                del outputs[: None if not kept else 0]
-                if call in (9, 29):
-                    counts.append(tensors())
-        grown.append(counts[1] - counts[0])
-    assert grown[1] <= grown[0] + 20 * (3 if kept else 0)
+def test_recorded_calls_without_a_backward_pass_pile_up_nothing(checkpointing):
+    """A validation loop whose author forgot `no_grad`: a call whose output is dropped leaves no tensor."""
+    unet = agentsd.apply_patch(make_unet(), seed=0).train()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    counts = []
+    with torch.enable_grad():
+        for call in range(20):
+            unet(**unet_inputs(timestep=999 - call))
+            if call % 10 == 9:
+                counts.append(tensors())
+    assert counts[0] == counts[1]
