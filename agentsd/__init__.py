@@ -5,8 +5,8 @@ ECCV 2024, arXiv 2312.08874).
 """
 
 from agentsd.apply import apply_patch, patched, remove_patch
-from agentsd.presets import PRESETS
-from agentsd.report import Report, report
+from agentsd.reports import Report, report
+from agentsd.settings import PRESETS, Settings
 
-__all__ = ["PRESETS", "Report", "apply_patch", "patched", "remove_patch", "report"]
+__all__ = ["PRESETS", "Report", "Settings", "apply_patch", "patched", "remove_patch", "report"]
 __version__ = "0.1.0"

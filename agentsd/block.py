@@ -1,4 +1,4 @@
-"""A patched transformer block: its tokens are matched once a call, then merged around each of its layers."""
+"""A patched transformer block carries out its plan: tokens are matched once a call, and merged around each layer."""
 
 from __future__ import annotations
 
@@ -9,96 +9,147 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from agentsd.checkpointing import RecordedPlans
-from agentsd.config import Counts, Settings
-from agentsd.matching import Matching, Partition, bipartite_soft_matching
+from agentsd.hosts import Site
+from agentsd.matching import Edges, Matching, bipartite_soft_matching
 from agentsd.merge import merge, unmerge
-from agentsd.processor import AgentAttnProcessor, can_sample_kv, can_use_agents
-from agentsd.sites import Site
+from agentsd.planner import BlockPlan, Call, Now, Running
+from agentsd.processor import AgentAttnProcessor, can_sample_kv, can_use_agents, keeper
+from agentsd.settings import Settings
 
 
 class PatchedBlock:
-    """The hooks of one `BasicTransformerBlock`, and what they hand to each other during one call of it.
+    """The hooks of one `BasicTransformerBlock`. What a call hands from one to the next is in `Now`, by thread.
 
-    It holds no module, so that a UNet and its patch do not keep each other alive.
+    It holds no module, so that a denoiser and its patch do not keep each other alive.
 
     Attributes:
         site: where the block is.
-        counts, partition: the plan for the coming call, set before it; a partition of None leaves the block alone.
+        aside: what was left alone in calls of it, and why.
+
+    Args:
+        said: the kinds of these that a warning has named.
     """
 
-    def __init__(self, site: Site, settings: Settings) -> None:
+    def __init__(self, index: int, site: Site, settings: Settings, now: Now, said: set[str]) -> None:
+        self.index = index
         self.site = site
         self.settings = settings
-        self.counts = Counts(0, 0, 0)
-        self.partition: Partition | None = None
-        self._recorded: RecordedPlans[tuple[Counts, Partition | None]] = RecordedPlans()
-        self._dst: Tensor | None = None
-        self._matching: Matching | None = None
-        self._agent_matching: Matching | None = None
-        self._merged = False
-        self._processor = AgentAttnProcessor(settings.k_scale2, settings.k_shortcut)
+        self.aside: dict[str, str] = {}
+        self._now = now
+        self._said = said
+        self._recorded: RecordedPlans[BlockPlan] = RecordedPlans()
+        self._processor = AgentAttnProcessor(now, settings.k_scale2, settings.k_shortcut)
 
     def attach(self, block: Any) -> list[RemovableHandle]:
         """Register the hooks; their handles undo it."""
         settings = self.settings
-        samples = settings.sample_kv or settings.cheap is not None
+        samples = settings.sample_kv or settings.cached is not None
         layers = [
-            (block.attn1, self._self_attention, settings.merge_attn or samples),
+            (block.attn1, self._before_self_attention, settings.merge_attn or samples),
             (block.attn2, self._merge, settings.merge_crossattn and block.attn2 is not None),
             (block.ff, self._merge, settings.merge_mlp),
         ]
         handles = [
-            block.register_forward_pre_hook(self._match, with_kwargs=True),
-            block.register_forward_hook(self._forget),
+            block.register_forward_pre_hook(self._enter, with_kwargs=True),
+            block.register_forward_hook(self._leave),
         ]
-        for layer, merge_hook, wanted in layers:
+        for layer, before, wanted in layers:
             if wanted:
-                handles.append(layer.register_forward_pre_hook(merge_hook, with_kwargs=True))
-                handles.append(layer.register_forward_hook(self._unmerge))
+                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+                # first, since hooks of others may keep what they see
+                handles.append(layer.register_forward_hook(self._unmerge, prepend=True))
         return handles
 
-    def _match(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.reset(block)
-        x: Tensor = args[0] if args else kwargs["hidden_states"]
-        counts, partition = self._recorded.plan(x, (self.counts, self.partition))
-        if partition is None:
+    def reset(self, attn: Any) -> None:
+        """Leave nothing in the block's self-attention of calls that an error has cut off."""
+        self._processor.give_back(attn, calls=2**31)
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        call = self._now.call
+        plan = call.blocks.get(self.index) if call is not None else None
+        if x is not None:
+            plan = self._recorded.plan(x, plan, call is not None and call.recomputed)
+        if plan is None or x is None:
+            if call is not None:
+                call.running = None
             return
-        if x.shape[1] != counts.tokens:
-            raise RuntimeError(
-                f"{self.site.name} got {x.shape[1]} tokens where its place in the UNet predicts {counts.tokens}. "
-                "The UNet is of a kind that agentsd does not know: call agentsd.remove_patch, and please report it."
-            )
-        partition = partition.to(x.device)
+        if x.shape[1] != plan.counts.tokens:
+            self._leave_alone("tokens", f"it has {x.shape[1]} tokens, and latents of this size {plan.counts.tokens}")
+            plan = None
+        if call is None:  # in a backward pass
+            call = self._now.call = Call()
+        call.running = Running(plan, x) if plan is not None else None
+
+    def _leave(self, *_: Any) -> None:
+        call = self._now.call
+        if call is not None:
+            call.running = None
+
+    def _running(self) -> Running | None:
+        call = self._now.call
+        return call.running if call is not None else None
+
+    def _edges(self, running: Running) -> Edges:
+        if running.edges is None:
+            running.edges = bipartite_soft_matching(running.x, running.plan.partition)
+        edges: Edges = running.edges
+        return edges
+
+    def _before_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        running = self._running()
+        if running is None:
+            return None
+        if len(args) > 1 or kwargs.get("encoder_hidden_states") is not None:
+            return self._leave_alone("keys", "self-attention is given keys and values of somebody else's")
+        if args[0].shape[:2] != running.x.shape[:2]:
+            tokens = f"{args[0].shape[1]} tokens of {running.x.shape[1]}"
+            return self._leave_alone("tokens", f"its attention is over {tokens}")
+        counts = running.plan.counts
         if counts.keys:
-            self._dst = partition.dst
-            return
-        edges = bipartite_soft_matching(x, partition)
-        self._matching = edges.cut(counts.merged)
-        if counts.agents:
-            self._agent_matching = edges.cut(counts.tokens - counts.agents)
+            return self._sample(attn, args, kwargs, running)
+        if not self.settings.merge_attn:
+            return None
+        merged = self._merge(attn, args, kwargs)
+        if running.merged and counts.agents and can_use_agents(attn):
+            agents = self._edges(running).cut(counts.tokens - counts.agents)
+            running.agents = merge(args[0], agents)
+            self._processor.take_over(attn)
+        return merged
 
-    def reset(self, block: Any) -> None:
-        """Leave nothing of a call that an error has cut off."""
-        self._processor.give_back(block.attn1)
-        self._forget()
-
-    def _forget(self, *_: Any) -> None:
-        self._matching = self._agent_matching = self._dst = None
-        self._merged = False
+    def _sample(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: Running) -> Any:
+        if not can_sample_kv(attn):
+            self._leave_alone("processor", f"{type(attn.processor).__name__} cannot sample keys and values")
+        elif not self._has_mask(kwargs):
+            return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, running.plan.partition.dst)}
+        return None
 
     def _merge(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._merged = False
-        if self._matching is None or self._has_mask(kwargs):
+        running = self._running()
+        if running is None or running.plan.counts.keys or self._has_mask(kwargs):
             return None
-        x = args[0]
-        if x.shape[:2] != self._matching.shape[:2]:
+        x, counts = args[0], running.plan.counts
+        if name := keeper(layer):
+            self._leave_alone("keeper", f"{name} may keep what a {type(layer).__name__} gives")
+            return None
+        if x.shape[:2] != running.x.shape[:2]:
             raise RuntimeError(
                 f"A layer of {self.site.name} got {tuple(x.shape[:2])} samples and tokens of its block's "
-                f"{self._matching.shape[:2]}, so they cannot be merged. Feed-forward chunking does that: call "
+                f"{tuple(running.x.shape[:2])}, so they cannot be merged. Feed-forward chunking does that: call "
                 "disable_forward_chunking() on the UNet, or patch with merge_mlp=False."
             )
-        self._merged = True
-        return (merge(x, self._matching), *args[1:]), kwargs
+        if running.matching is None:
+            running.matching = self._edges(running).cut(counts.merged)
+        running.merged = True
+        matching: Matching = running.matching
+        return (merge(x, matching), *args[1:]), kwargs
+
+    def _unmerge(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        running = self._running()
+        if running is None or not running.merged:
+            return output
+        running.merged = False
+        return unmerge(output, running.matching)
 
     def _has_mask(self, kwargs: dict[str, Any]) -> bool:
         """Whether the layer has a mask over its image tokens, which fits neither merged nor sampled ones.
@@ -109,30 +160,12 @@ class PatchedBlock:
         is_cross_attention = kwargs.get("encoder_hidden_states") is not None
         for mask in ("ip_adapter_masks",) if is_cross_attention else ("attention_mask",):
             if kwargs.get(mask) is not None:
-                warnings.warn(
-                    f"A layer of {self.site.name} runs unpatched: its {mask} is made for all tokens.", stacklevel=2
-                )
+                self._leave_alone(mask, f"its {mask} is made for all tokens")
                 return True
         return False
 
-    def _self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._dst is not None:
-            return self._sample_kv(self._dst, attn, args, kwargs)
-        if not self.settings.merge_attn:
-            return None
-        merged = self._merge(attn, args, kwargs)
-        if self._merged and self._agent_matching is not None and can_use_agents(attn):
-            self._processor.take_over(attn, merge(args[0], self._agent_matching))
-        return merged
-
-    def _sample_kv(self, dst: Tensor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let every token attend to the dst tokens alone, with whatever processor ``attn`` has."""
-        if not can_sample_kv(attn) or self._has_mask(kwargs):
-            return None
-        return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, dst)}
-
-    def _unmerge(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not self._merged or self._matching is None:
-            return output
-        self._merged = False
-        return unmerge(output, self._matching)
+    def _leave_alone(self, kind: str, why: str) -> None:
+        self.aside[kind] = why
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"agentsd: a layer of {self.site.name} runs unpatched: {why}.", stacklevel=2)

@@ -5,6 +5,7 @@ A matching is data: the group that each token belongs to. `agentsd.merge` needs 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,30 +34,37 @@ class Partition:
         """(D,) grid positions of the dst tokens."""
         return self.order[: self.num_dst]
 
-    def to(self, device: torch.device) -> Partition:
-        if self.order.device == device:
-            return self
-        order, inverse = (index.to(device, non_blocking=True) for index in (self.order, self.inverse))
-        return Partition(order, inverse, self.num_dst)
-
 
 def partition(height: int, width: int, sy: int, sx: int, generator: torch.Generator | None = None) -> Partition:
     """Choose one dst token in every ``sy`` x ``sx`` cell of a ``height`` x ``width`` grid; all others are src.
 
     Without a generator it is the top-left token of the cell, with one a random token of it, by one draw of shape
     ``(height // sy, width // sx, 1)``. Rows and columns that the stride leaves over are src.
-    Made on the CPU: no value of it is ever read back from a device.
     """
-    rows, columns = height // sy, width // sx
-    if generator is None:
-        offset = torch.zeros(rows, columns, dtype=torch.long)
-    else:
-        offset = torch.randint(sy * sx, (rows, columns, 1), generator=generator).squeeze(-1)
-    y = torch.arange(rows)[:, None] * sy + offset // sx
-    x = torch.arange(columns) * sx + offset % sx
-    is_src = torch.ones(height * width, dtype=torch.uint8).index_fill_(0, (y * width + x).flatten(), 0)
-    order = is_src.argsort(stable=True)
-    return Partition(order, order.argsort(), rows * columns)
+    return partitions(height, width, sy, sx, [generator], torch.device("cpu"))[0]
+
+
+def partitions(
+    height: int,
+    width: int,
+    sy: int,
+    sx: int,
+    generators: Sequence[torch.Generator | None],
+    device: torch.device,
+) -> list[Partition]:
+    """A `partition` for each of the generators, at once, on ``device``. Drawn on the CPU: no value is read back."""
+    rows, columns, tokens = height // sy, width // sx, height * width
+    shape, corner = (rows, columns, 1), torch.zeros(rows, columns, 1, dtype=torch.long)
+    drawn = [corner if g is None else torch.randint(sy * sx, shape, generator=g) for g in generators]
+    offset = torch.stack(drawn).squeeze(-1).to(device, non_blocking=True)
+    y = torch.arange(rows, device=device)[:, None] * sy + offset // sx
+    x = torch.arange(columns, device=device) * sx + offset % sx
+    place = (y * width + x).flatten(1)  # (generators, D)
+    is_src = torch.ones(len(generators), tokens, dtype=torch.uint8, device=device).scatter_(1, place, 0)
+    order = is_src.argsort(dim=1, stable=True)
+    inverse = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=device).expand_as(order))
+    pairs = zip(order.int(), inverse.int(), strict=True)  # which are kept for a whole trajectory
+    return [Partition(*pair, rows * columns) for pair in pairs]
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,8 @@ def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
         x: (B, N, C) tokens in raster order, the input of the transformer block before its first norm.
         partition: of the N tokens, with at least one dst; on the device of ``x``.
     """
-    x = F.normalize(x, dim=-1).index_select(1, partition.order)
+    unit = F.normalize(x.float(), dim=-1).to(x.dtype)  # in half precision norms overflow, and zeros divide by zero
+    x = unit.index_select(1, partition.order)
     dst, src = x[:, : partition.num_dst], x[:, partition.num_dst :]
     rows = max(1, MOST_SIMILARITIES * x.shape[1] * x.shape[2] // partition.num_dst)
     best = [(part @ dst.transpose(1, 2)).max(dim=-1) for part in torch.split(src, rows, dim=1)]  # (B, S, D) -> (B, S)

@@ -37,9 +37,3 @@ def controlnets_of(model: Any) -> dict[str, nn.Module]:
     for name, n in named.items():
         names.setdefault(getattr(n, "_orig_mod", n), name)  # two images may have one net between them
     return {name: n for n, name in names.items()}
-
-
-def compiled_parts_of(model: Any) -> list[nn.Module]:
-    """The UNet and the ControlNets as the pipeline calls them, with what ``torch.compile`` puts around them."""
-    parts = (getattr(model, "unet", model), getattr(model, "controlnet", None))
-    return [part for part in parts if isinstance(part, nn.Module)]

@@ -1,105 +1,162 @@
-"""The state of a patched UNet, and what it plans for each denoiser call."""
+"""The state of a patched denoiser, and how it is attached and undone."""
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from agentsd.block import PatchedBlock
-from agentsd.compiled import outside_the_graph
-from agentsd.config import Settings
-from agentsd.matching import partition
+from agentsd.capture import Capture
+from agentsd.checkpointing import RecordedPlans
+from agentsd.hosts import Host, Inputs, Middle, Site
 from agentsd.models import unet_of
+from agentsd.planner import Call, Draws, Grid, Now, plan
 from agentsd.reuse import Reuse
-from agentsd.schedule import Trajectory
-from agentsd.sites import Site, grids
+from agentsd.schedule import Moment
+from agentsd.settings import Settings
+from agentsd.trajectory import Trajectory
+from agentsd.wrapping import Weakly, Wrap, is_running, outside_the_graph, refuse_tracing, wrap
 
 ATTRIBUTE = "_agentsd_patch"
 
 
 class Patch:
-    """A patched UNet's state: its settings, its blocks, and the handles that undo it.
+    """A patched denoiser's state: its settings, its blocks, and what undoes it.
 
-    As the UNet's forward pre-hook it plans each denoiser call: which phase holds, and how each block's grid divides
-    into src and dst tokens.
+    As the denoiser's forward pre-hook it has each call planned: which phase holds, whether it is full or cached, and
+    how each block's grid divides into src and dst tokens. All that a call changes is in `Now`, by thread.
+
+    Attributes:
+        nets: the ControlNets that are patched with it, and their patches.
+        latent_size: of the last call, or before it the denoiser's own.
+        calls: how many of the present trajectory were full and cached; of all, where none is cached.
     """
 
-    def __init__(self, unet: nn.Module, sites: list[Site], settings: Settings, pipeline: Any = None) -> None:
+    def __init__(self, net: nn.Module, host: Host, settings: Settings, pipeline: Any = None) -> None:
+        self.host = host
         self.settings = settings
+        self.sites = host.sites(net)
+        self.latent_size = host.sample_size(net)
+        self.nets: list[tuple[Weakly[nn.Module], Patch]] = []
+        self.calls = {"full": 0, "cached": 0}
         self.trajectory = Trajectory(pipeline)
-        self.sites = sites
-        self.blocks = [PatchedBlock(site, settings) for site in selected(self.sites, settings)]
-        self.latent_size = _sample_size(unet)
-        self._plan: tuple[Any, ...] | None = None
-        self._warned: set[tuple[int, int]] = set()
-        self._handles = [
-            unet.register_forward_pre_hook(self._before_call, with_kwargs=True),
-            unet.register_forward_hook(self._after_call),
-        ]
-        self.reuse: Reuse | None = None
-        if settings.reuses:
-            self.reuse = Reuse(settings.cache_interval, settings.cache_branch, settings.cache_order)
-            self.reuse.attach(unet)
-        for patched_block in self.blocks:
-            self._handles += patched_block.attach(unet.get_submodule(patched_block.site.name))
+        self._now = Now()
+        self._draws = Draws()
+        self._recorded: RecordedPlans[Call] = RecordedPlans()
+        self._leaving = False
+        self._grids: dict[Grid, tuple[Grid, ...]] = {}
+        self._seen: set[Grid] = set()
+        selected = select(self.sites, settings)
+        self.middle = host.middle(net, settings.cache_branch) if settings.reuses else Middle((), "")
+        self.outermost = [not self.middle.holds(site.name) for site in selected]
+        said: set[str] = set()
+        self.blocks = [PatchedBlock(index, site, settings, self._now, said) for index, site in enumerate(selected)]
+        self.reuse = Reuse(settings, self.middle, self._now) if settings.reuses else None
+        self.capture = Capture(self._now) if settings.cuda_graphs else None
 
-    def remove(self, unet: nn.Module) -> None:
+    def attach(self, net: nn.Module) -> None:
+        self._handles = [
+            net.register_forward_pre_hook(self._before_call, with_kwargs=True),
+            net.register_forward_hook(self._after_call, always_call=True),
+        ]
+        self._patched = []
+        for block in self.blocks:
+            module = net.get_submodule(block.site.name)
+            self._patched.append((module.attn1, block))
+            self._handles += block.attach(module)
+        self._wraps: list[tuple[nn.Module, Wrap]] = self.reuse.attach(net) if self.reuse is not None else []
+        if self.capture is not None:
+            self._wraps.append((net, wrap(net, self.capture)))
+        setattr(net, ATTRIBUTE, self)
+        for other, patch in self.nets:
+            if (alive := other()) is not None:
+                patch.attach(alive)
+
+    def detach(self, net: nn.Module) -> None:
+        """Never raises: modules may have been replaced since. In the middle of a call it waits for its end."""
+        self._leaving = self._now.call is not None and is_running(net)
+        if self._leaving:
+            return
         for handle in self._handles:
             handle.remove()
-        for block in self.blocks:
-            block.reset(unet.get_submodule(block.site.name))
-        if self.reuse is not None:
-            self.reuse.detach(unet)
+        for attn, block in self._patched:
+            block.reset(attn)
+        for module, wrapped in self._wraps:
+            wrapped.undo(module)
+        if self.capture is not None:
+            self.capture.forget()
+        net.__dict__.pop(ATTRIBUTE, None)
+        self._now.call = None
+        self._now.tracks.clear()
+        for other, patch in self.nets:
+            if (alive := other()) is not None and getattr(alive, ATTRIBUTE, None) is patch:
+                patch.detach(alive)
 
     @outside_the_graph
-    def _after_call(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.reuse is not None:
-            self.reuse.after_call()
+    def _before_call(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refuse_tracing()
+        self._end()  # of a call that was interrupted
+        inputs = self.host.inputs(net, args, kwargs)
+        if inputs is None:
+            return
+        self.latent_size = inputs.size
+        self._now.call = self._recorded.plan(inputs.sample, self._call(net, inputs), True)
+        if self.capture is not None:
+            self.capture.look_at(net)
 
-    @outside_the_graph
-    def _before_call(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample: Tensor = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        settings = self.settings
-        height, width = sample.shape[-2:]
-        self.latent_size = (height, width)
-        step, phase = None, settings.phases[0]
+    def _call(self, net: nn.Module, inputs: Inputs) -> Call:
+        settings, moment = self.settings, Moment(0, 1)
         if self.reuse is not None or (self.blocks and (settings.use_rand or len(settings.phases) > 1)):
-            moment = self.trajectory.locate(timestep)
-            step = moment.step if settings.use_rand else None
-            phase = settings.agent if moment.within_first(settings.agent_steps) else settings.merge
-            if self.reuse is not None:
-                trajectory = (moment.run, sample.shape, sample.dtype, sample.device)
-                self.reuse.before_call(trajectory, moment.call, moment.left)
-                if self.reuse.cheap and settings.cheap is not None:
-                    phase = settings.cheap
-        seed = torch.initial_seed() if settings.seed is None and settings.use_rand else settings.seed
-        plan = (height, width, phase, step, seed)
-        if plan != self._plan:
-            self._plan = plan
-            level_grids = grids(unet, height, width)
-            for index, block in enumerate(self.blocks):
-                grid = level_grids[block.site.level]
-                block.counts = phase.counts(*grid)
-                generator = None if step is None else _generator(seed, step, index)
-                block.partition = None
-                if block.counts.changed:
-                    block.partition = partition(*grid, phase.sy, phase.sx, generator).to(sample.device)
-            self._warn_where_nothing_merges(level_grids)
+            moment = self.trajectory.locate(inputs.timestep)
+        call = self.reuse.before_call(moment, inputs) if self.reuse is not None else Call()
+        if call.lane is not None and call.lane.calls == 0:
+            self.calls = {"full": 0, "cached": 0}
+        call.recomputed = torch._C._current_graph_task_id() != -1
+        self.calls["cached" if call.cached else "full"] += 1
+        if self.blocks:
+            grids = self.grids(net, inputs.size)
+            planned = plan(settings, moment, grids, call.cached, self.outermost)
+            seed = torch.initial_seed() if settings.seed is None else settings.seed
+            drawn = seed if settings.use_rand else None
+            call.blocks = self._draws.blocks(planned, grids, moment, drawn, inputs.sample.device)
+            self._warn_where_nothing_merges(inputs.size, grids)
+        return call
 
-    def _warn_where_nothing_merges(self, level_grids: list[tuple[int, int]]) -> None:
-        settings, size = self.settings, level_grids[0]
-        patched_grids = [level_grids[block.site.level] for block in self.blocks]
-        if not patched_grids or size in self._warned:
+    @outside_the_graph
+    def _after_call(self, net: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._end()
+        if self._leaving:
+            self.detach(net)
+
+    def _end(self) -> None:
+        call, self._now.call = self._now.call, None
+        if call is None:
             return
-        phases = [phase for phase in (*settings.phases, settings.cheap) if phase is not None]
-        if any(phase.counts(*grid).changed for phase in phases for grid in patched_grids):
+        if self.reuse is not None:
+            self.reuse.after_call(call)
+        if call.running is not None and call.running.agents is not None:  # an error came in between
+            for attn, block in self._patched:
+                block.reset(attn)
+
+    def grids(self, net: nn.Module, size: Grid) -> tuple[Grid, ...]:
+        """The token grid of each patched block for latents of this size."""
+        if size not in self._grids:
+            levels = self.host.grids(net, *size)
+            self._grids[size] = tuple(levels[block.site.level] for block in self.blocks)
+        return self._grids[size]
+
+    def _warn_where_nothing_merges(self, size: Grid, grids: tuple[Grid, ...]) -> None:
+        settings = self.settings
+        if size in self._seen:
             return
-        most = max(height * width for height, width in patched_grids)
+        self._seen.add(size)
+        phases = [phase for phase in (*settings.phases, settings.cached) if phase is not None]
+        if any(phase.counts(*grid).changed for phase in phases for grid in grids):
+            return
+        most = max(height * width for height, width in grids)
         if most >= settings.min_tokens:
             why = (
                 f"ratio={settings.ratio:g} of {size[0]}x{size[1]} latents merges no token. Use a larger image, a "
@@ -112,26 +169,14 @@ class Patch:
             )
         else:  # reuse is gain enough
             return
-        self._warned.add(size)
         warnings.warn(f"agentsd changes nothing at this size: {why}", stacklevel=2)
 
 
-def _generator(seed: int | None, step: int, index: int) -> torch.Generator:
-    """A generator of this block's draw at this step alone: the same however often, and in what order, it is asked."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def selected(sites: list[Site], settings: Settings) -> list[Site]:
+def select(sites: list[Site], settings: Settings) -> list[Site]:
     """The sites that ``settings`` patch: by default those of the highest resolution that has self-attention."""
     usable = [site for site in sites if not site.skip] if settings.acts else []
     limit = settings.max_downsample or min((site.downsample for site in usable), default=0)
     return [site for site in usable if site.downsample <= limit]
-
-
-def _sample_size(unet: nn.Module) -> tuple[int, int]:
-    size = getattr(getattr(unet, "config", None), "sample_size", None) or 64
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def patch_of(model: Any) -> Patch | None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, cast
 
+import torch
 from diffusers.models import attention_processor as diffusers_processors
 from torch import Tensor
 
 from agentsd.attention import agent_attention
+from agentsd.planner import Now
+from agentsd.schedule import Counts
 
 # What agent attention may stand in for: the processors that compute plain self-attention, each in its own way.
 PLAIN_PROCESSORS = tuple(
@@ -26,8 +32,9 @@ PLAIN_PROCESSORS = tuple(
 
 def can_use_agents(attn: Any) -> bool:
     """Whether agent attention can stand in for ``attn``: plain self-attention without extras of its own."""
-    extras = attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None
-    return type(attn.processor) in PLAIN_PROCESSORS and not extras
+    if type(getattr(attn, "processor", None)) not in PLAIN_PROCESSORS:
+        return False
+    return not (attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None)
 
 
 def can_sample_kv(attn: Any) -> bool:
@@ -35,7 +42,39 @@ def can_sample_kv(attn: Any) -> bool:
 
     The processor says which projection runs. A layer that was fused and unfused still claims to be fused.
     """
-    return type(attn.processor) in PLAIN_PROCESSORS and type(attn.processor).__name__ != "FusedAttnProcessor2_0"
+    processor = type(getattr(attn, "processor", None))
+    return processor in PLAIN_PROCESSORS and processor.__name__ != "FusedAttnProcessor2_0"
+
+
+def keeper(layer: Any) -> str:
+    """Who may keep for a later call what the layer gives, or looks into its attention: empty where nobody does.
+
+    What is made of merged tokens fits no other call: each has an order of its own. accelerate and compilers keep none.
+    """
+    if hasattr(getattr(layer, "processor", None), "attention_probs"):
+        return type(layer.processor).__name__
+    forward = vars(layer).get("forward")
+    own = getattr(forward, "__func__", None) is type(layer).forward or hasattr(forward, "_torchdynamo_orig_callable")
+    if forward is None or own or hasattr(layer, "_hf_hook"):
+        return ""
+    hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", None)
+    return ", ".join(hooks or [getattr(forward, "__name__", type(forward).__name__)])
+
+
+def possible(attn: Any, counts: Counts, merges: bool) -> tuple[Counts, str]:
+    """What ``attn`` can do of what is planned for its tokens, and why no more. It may be gone since."""
+    processor = type(getattr(attn, "processor", None)).__name__
+    if not hasattr(attn, "processor"):
+        return Counts(counts.tokens), "unchanged: the block has been replaced since"
+    if counts.keys and not can_sample_kv(attn):
+        return Counts(counts.tokens), f"unchanged: {processor} cannot sample keys and values"
+    if counts.merged and not merges:
+        return counts, "no agents: self-attention is not merged"
+    if counts.merged and (name := keeper(attn)):
+        return Counts(counts.tokens), f"unchanged: left to {name}, which may keep what it gives"
+    if counts.agents and not can_use_agents(attn):
+        return replace(counts, agents=0), f"no agents: {processor} is kept and gets merged tokens"
+    return counts, ""
 
 
 class AgentAttnProcessor:
@@ -43,27 +82,52 @@ class AgentAttnProcessor:
 
     It puts the layer's own processor back before it computes, so that between calls, and after any error, each layer
     has the very processor that its user gave it: what diffusers does to processors (adapters, fusing, slicing, other
-    back ends) works as without a patch, and there is nothing to undo.
+    back ends) works as without a patch, and there is nothing to undo. A call of another thread that meets it in the
+    meantime gets the layer's own.
 
     Args:
+        now: whose running block has the agents.
         k_scale2, k_shortcut: the constants of `agent_attention`.
     """
 
-    def __init__(self, k_scale2: float, k_shortcut: float) -> None:
+    def __init__(self, now: Now, k_scale2: float, k_shortcut: float) -> None:
         self.k_scale2 = k_scale2
         self.k_shortcut = k_shortcut
+        self._now = now
         self._own: Any = None
-        self.agents: Tensor | None = None  # (B, A, C), of the call taken over
+        self._calls = 0  # that have taken the layer over, and not come yet
+        self._lock = threading.Lock()
 
-    def take_over(self, attn: Any, agents: Tensor) -> None:
-        """Compute the next call of ``attn``, with ``agents`` (B, A, C), before projection."""
-        self._own, attn.processor, self.agents = attn.processor, self, agents
+    def __getstate__(self) -> dict[str, Any]:
+        return {"now": self._now, "k_scale2": self.k_scale2, "k_shortcut": self.k_shortcut}
 
-    def give_back(self, attn: Any) -> None:
-        """Put the layer's own processor back, if it is taken over, and forget the agents."""
-        if attn.processor is self:
-            attn.processor = self._own
-        self._own = self.agents = None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        AgentAttnProcessor.__init__(self, **state)
+
+    @property
+    def agents(self) -> Tensor | None:
+        """(B, A, C), before projection, of the present thread's call; None where it has taken nothing over."""
+        running = self._now.call.running if self._now.call is not None else None
+        return running.agents if running is not None else None
+
+    def _taken_up(self) -> None:
+        call = self._now.call
+        if call is not None and call.running is not None:
+            call.running.agents = None
+
+    def take_over(self, attn: Any) -> None:
+        """Compute the next call of ``attn`` in this thread."""
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            if attn.processor is not self:
+                self._own, attn.processor = attn.processor, self
+            self._calls += 1
+
+    def give_back(self, attn: Any, calls: int = 1) -> None:
+        """Put the layer's own processor back, unless more than ``calls`` are to come."""
+        with nullcontext() if torch.compiler.is_compiling() else self._lock:
+            self._calls = max(self._calls - calls, 0)
+            if not self._calls and getattr(attn, "processor", None) is self:
+                attn.processor = self._own
 
     def __call__(
         self,
@@ -71,9 +135,13 @@ class AgentAttnProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
     ) -> Tensor:
         """(B, M, C) merged tokens -> (B, M, C)."""
         tokens = self.agents
+        if tokens is None:
+            return cast(Tensor, self._own(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+        self._taken_up()
         self.give_back(attn)
         query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(tokens))
         key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))

@@ -1,135 +1,143 @@
-"""Where in the denoising trajectory a denoiser call is."""
+"""What holds when along a denoising trajectory: its phases, and which of its calls are full."""
 
 from __future__ import annotations
 
-import copy
 import math
-import weakref
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-import torch
-from diffusers import PNDMScheduler
-from torch import Tensor
+USUAL_CALLS = 25  # of a trajectory of which nobody says how many it has
+ENDLESS = 1000  # calls that are planned for one
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What becomes of the N tokens of one layer in one phase.
+
+    Attributes:
+        tokens: N, the tokens of the grid.
+        merged: r, how many src tokens are merged away; 0 means that the layer is left as it is.
+        agents: how many agent tokens mediate the attention; 0 means softmax attention.
+        keys: how many tokens stay keys and values where these are sampled; 0 means that they are not.
+    """
+
+    tokens: int
+    merged: int = 0
+    agents: int = 0
+    keys: int = 0
+
+    @property
+    def changed(self) -> bool:
+        return self.merged > 0 or self.keys > 0
+
+    @property
+    def remaining(self) -> int:
+        return self.tokens - self.merged
+
+    @property
+    def attention_cost(self) -> float:
+        """Multiply-adds of the attention products, as a share of unpatched attention's N x N."""
+        if self.keys:
+            return self.keys / self.tokens
+        return self.remaining * (2 * self.agents or self.remaining) / self.tokens**2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the denoising trajectory: how tokens are merged there, and by how much for agents.
+
+    Attributes:
+        name: ``"agent"`` or ``"merge"``, or ``"cached"`` for calls that reuse deep features.
+        sy, sx: the cell of the token grid that keeps one dst token.
+        ratio: share of the tokens to merge.
+        agent_ratio: share of the tokens to merge into agents; None where attention stays softmax attention.
+        sample_kv: merge nothing, and keep the dst tokens alone as keys and values.
+        min_tokens: grids of fewer tokens are left as they are.
+    """
+
+    name: str
+    sy: int
+    sx: int
+    ratio: float
+    agent_ratio: float | None = None
+    sample_kv: bool = False
+    min_tokens: int = 0
+
+    def counts(self, height: int, width: int) -> Counts:
+        """The token counts on a ``height`` x ``width`` grid.
+
+        Agents pay only where the two products with them are cheaper than the one they replace, that is where
+        ``2 * agents < tokens - merged``; elsewhere the layer merges tokens and keeps softmax attention.
+        """
+        tokens = height * width
+        dst = (height // self.sy) * (width // self.sx)
+        src = tokens - dst
+        if src == tokens or tokens < self.min_tokens:  # a grid smaller than a cell has no dst
+            return Counts(tokens)
+        if self.sample_kv:
+            return Counts(tokens, keys=dst if src else 0)
+        merged = min(int(tokens * self.ratio), src)
+        if merged == 0 or self.agent_ratio is None:
+            return Counts(tokens, merged)
+        agents = tokens - min(int(tokens * self.agent_ratio), src)
+        return Counts(tokens, merged, agents if 2 * agents < tokens - merged else 0)
 
 
 class Moment(NamedTuple):
     """``step`` of the trajectory's ``steps`` are behind us, and ``call`` denoiser calls: Heun makes two a step.
 
-    Guidance that takes two calls makes both at the same moment. ``run`` counts the trajectories of the scheduler;
-    ``left`` calls of this one come after, which is None where no schedule says.
+    Guidance that takes two calls makes both at the same moment. There are ``calls`` in all, which is None where no
+    schedule says; ``schedule`` is equal for the calls of one schedule, and for no other's. A ``mixed`` batch has
+    samples at several timesteps.
     """
 
     step: int
     steps: int
     call: int = 0
-    run: int = 0
-    left: int | None = None
+    calls: int | None = None
+    schedule: Hashable = None
+    mixed: bool = False
 
     def within_first(self, share: float) -> bool:
         """Whether this step belongs to the first ``share`` of the trajectory, rounded to whole steps."""
         return self.step < round(share * self.steps)
 
 
-class Trajectory:
-    """Locates denoiser calls in the trajectory of a pipeline's scheduler, whichever scheduler it holds at the time.
-
-    The scheduler's own index tells where a call is, and the device is asked for nothing. Schedulers without one (DDIM,
-    DDPM) have the timestep looked up, which reads one value from its device. Without a scheduler, or for a timestep
-    that its schedule does not hold, the trajectory is that of the training timesteps.
-    """
-
-    def __init__(self, pipeline: Any = None) -> None:
-        # weak: a pipeline owns its UNet, and the UNet this; a cycle would keep both alive after `del pipeline`
-        self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
-        self._scheduler: Any = getattr(pipeline, "scheduler", None)
-        self._timesteps: Tensor | None = None  # the schedule last looked into, and its values
-        self._values: list[float] = []
-        self._start = 0  # the position at which PNDM's count began, and whether the timesteps seen so far prove it
-        self._settled = False
-        self._schedule: Tensor | None = None  # that of the last call, and how many there have been
-        self._run = 0
+class Reusing(Protocol):
+    """The settings that say which calls are full."""
 
     @property
-    def pipeline(self) -> Any:
-        """The pipeline that was patched, while it lives."""
-        return self._pipeline() if self._pipeline is not None else None
+    def cache_interval(self) -> float: ...
 
     @property
-    def scheduler(self) -> Any:
-        """The pipeline's scheduler, or the last one it had, where another pipeline has taken over its parts."""
-        self._scheduler = getattr(self.pipeline, "scheduler", self._scheduler)
-        return self._scheduler
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"scheduler": self.scheduler}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        Trajectory.__init__(self)
-        self._scheduler = state["scheduler"]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Trajectory:
-        """Follows the copy of the pipeline where that is what is being copied."""
-        copied = Trajectory(memo.get(id(self.pipeline)))
-        copied._scheduler = copy.deepcopy(self.scheduler, memo)
-        return copied
-
-    def locate(self, timestep: Tensor | float) -> Moment:
-        """The moment of a call with ``timestep``, in the scheduler's state before it. Of a batch, the first counts."""
-        scheduler = self.scheduler
-        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-        if getattr(scheduler, "timesteps", None) is not None:
-            position = self._position(scheduler, timestep)
-            if self._schedule is not scheduler.timesteps:  # set anew for every image
-                self._schedule, self._run = scheduler.timesteps, self._run + 1
-            if position is not None and position < len(scheduler.timesteps):
-                step, steps = _steps(scheduler, position)
-                # before it is set, a scheduler's schedule is all training timesteps: not that of a loop with its own
-                is_set = len(scheduler.timesteps) < trained
-                left = len(scheduler.timesteps) - 1 - position if is_set else None
-                return Moment(step, steps, position, self._run, left)
-        step = max(trained - 1 - math.floor(_first(timestep)), 0)
-        return Moment(step, trained, step, self._run)
-
-    def _position(self, scheduler: Any, timestep: Tensor | float) -> int | None:
-        """The index of this call in ``scheduler.timesteps``."""
-        if getattr(scheduler, "step_index", None) is not None:
-            return int(scheduler.step_index)
-        # PNDM counts the calls since the trajectory began, wherever it began
-        done = scheduler.counter if isinstance(scheduler, PNDMScheduler) else 0
-        if done > 0 and self._settled and self._timesteps is scheduler.timesteps:
-            return self._start + done
-        begin = getattr(scheduler, "begin_index", None)
-        if begin is not None:
-            return int(begin)
-        matches = self._look_up(scheduler.timesteps, timestep)
-        if not matches:
-            return None
-        position = self._start + done if done and self._start + done in matches else matches[0]
-        self._start, self._settled = position - done, len(matches) == 1
-        return position
-
-    def _look_up(self, timesteps: Tensor, timestep: Tensor | float) -> list[int]:
-        """Every index of a timestep in a schedule: PNDM has its second timestep twice."""
-        if self._timesteps is timesteps:
-            value = _first(timestep)
-        else:  # a new schedule: its values and this one in a single read
-            one = torch.as_tensor(timestep, device=timesteps.device).flatten()[:1]
-            *self._values, value = torch.cat((timesteps.float(), one.float())).tolist()
-            self._timesteps = timesteps
-        return [index for index, known in enumerate(self._values) if known == value]
+    def cache_order(self) -> int: ...
 
 
-def _first(timestep: Tensor | float) -> float:
-    return timestep.flatten()[0].float().item() if isinstance(timestep, Tensor) else timestep
+def interval_of(interval: float, calls: int | None = None) -> int:
+    """``cache_interval`` in calls: below 1 it is a share of a trajectory of ``calls``, rounded, and at least 2.
 
-
-def _steps(scheduler: Any, position: int) -> tuple[int, int]:
-    """From calls to steps, done and in all.
-
-    A step is ``order`` calls, but PNDM's first step has all the calls that it makes beyond.
+    Fidelity follows the number of full calls, however many lie between them (benchmarks/NOTES.md).
     """
-    calls, order = len(scheduler.timesteps), scheduler.order
-    extra = calls - scheduler.num_inference_steps if isinstance(scheduler, PNDMScheduler) else 0
-    if order > 1:
-        return position // order, math.ceil(calls / order)
-    return max(position - extra, 0), calls - extra
+    return int(interval) if interval >= 1 else max(2, math.floor(interval * (calls or USUAL_CALLS) + 0.5))
+
+
+def full_calls(calls: int | None, settings: Reusing, begin: int = 0) -> tuple[bool, ...]:
+    """For each call of a trajectory, whether it runs the whole denoiser; the others are cached calls.
+
+    Every ``interval``-th call is full. Where features are extrapolated (``cache_order`` 1) the second is, too, since
+    features move fastest in the first steps; and the others are counted back from the last call but one, which gives
+    the image its texture (benchmarks/NOTES.md).
+
+    Args:
+        calls: of the whole schedule; None where nobody says, and then enough of them are planned.
+        begin: the place in it of the first call that is made: img2img starts in the middle.
+    """
+    interval = interval_of(settings.cache_interval, calls)
+    made = range((calls or ENDLESS) - begin)
+    if settings.cache_order == 0:
+        full = [i % interval == 0 for i in made]
+    else:
+        last = len(made) - 2 if calls is not None else 0
+        full = [i < 2 or (last - i) % interval == 0 for i in made]
+    return (True,) * begin + tuple(full)

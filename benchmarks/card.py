@@ -6,16 +6,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache", "torch-fidelity")
+PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache", "tgate", "torch-fidelity")
 
 
 def card(device: str) -> dict[str, Any]:
@@ -35,32 +35,18 @@ def card(device: str) -> dict[str, Any]:
     }
     if device.startswith("cuda"):
         hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware, "versions": versions()}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """What a user can put right is said in one line, with exit code 2."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"command": shlex.join(["python", *sys.argv]), "hardware": hardware, "versions": versions}
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all: a reader never sees half a file."""
+    """Whole or not at all: a reader never sees half a file. A list of numbers is one line, a path is text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.with_suffix(path.suffix + ".part")
-    torn.write_text(json.dumps(data, indent=2) + "\n")
+    text = json.dumps(data, indent=2, default=str)
+    text = re.sub(r"\[\n([-+\d.e,\s]+?)\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    torn.write_text(text + "\n")
     torn.replace(path)

@@ -1,154 +1,213 @@
-"""How much faster? Seconds a denoiser call of every method, in turn, on the real architectures.
+"""How much faster? Seconds of whole denoising trajectories of every method, in turn, on the real architectures.
 
-Random weights by default: the speed is that of trained ones, and nothing is downloaded. A method's calls may cost
-differently early and late in the trajectory, and with feature reuse whole or cheap, so one call of each kind is timed
-in each round, and the schedule of ``--steps`` steps is put together from them. Ratios are taken within a round.
-Methods that differ only in how often a call is whole share the calls of a round. What is unpatched is timed at the
-beginning of a round and at its end.
+A trajectory is a call of the pipeline that takes text embeddings and gives latents: denoiser, guidance and scheduler.
+Random weights by default: the speed is that of trained ones, and nothing is downloaded. Ratios are taken within a
+round, to what is unpatched and runs in the same mode; every other round goes backwards, so that a machine that slows
+down or speeds up favours none. Compiled methods have their rounds in a row, since each compiles anew.
 
-    python benchmarks/latency.py --model sd15 --dtype bfloat16 --size 512
-    python benchmarks/latency.py --model sdxl --dtype bfloat16 --size 1024 --methods "agentsd fast" --rounds 2
-    python benchmarks/latency.py --model examples/demo_model --pipeline --dtype float32 --size 128
+    python benchmarks/latency.py --model sd15 --dtype float16 --size 512 1024
+    python benchmarks/latency.py --model sdxl --size 1024 --modes eager reduce-overhead --methods "agentsd balanced"
+    python benchmarks/latency.py --model sd15 --device cpu --size 512 --steps 20 --rounds 1 --methods "agentsd fast"
 
-With ``--pipeline`` it is seconds an image of the whole pipeline: text encoder, every denoiser call, autoencoder.
+On a CPU a call takes seconds, and a trajectory minutes: fewer steps say the truth of as many steps. On a GPU the last
+round is not timed but profiled: kernels, copies between host and device, waits for it, and its time, of a call.
 """
+
+# ruff: noqa: RUF009 (an option is a field)
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import statistics
-import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, flops
-from card import card, errors_in_one_line, write_json
-from counting import counted
-from methods import Method, chosen
+from architectures import ARCHITECTURES, SCHEDULERS, load_pipeline, random_inputs
+from card import card, write_json
+from methods import MODES, SLOW_TO_APPLY, Method, chosen
+from options import errors_in_one_line, option, parsed, positive
+from profiling import by_operation, on_device
 from rich.progress import Progress
 from tables import latency_rows, print_table, profile_rows
-from timing import DTYPES, Denoiser, Timed, WholePipeline
 
-STEPS = 50
 RESULTS = Path(__file__).parent.parent / "runs" / "results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CUDA = torch.cuda.is_available()
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd15", help=f"{', '.join(ARCHITECTURES)}, a model id or a folder")
-    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels of a side (default: 512)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=2, help="samples a call; guidance makes two of one image")
-    steps_help = "of the schedule that is put together (default: %(default)s)"
-    parser.add_argument("--steps", type=int, default=STEPS, help=steps_help)
-    parser.add_argument("--rounds", type=int, default=3, help="that count (default: 3)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: 1)")
-    parser.add_argument("--methods", nargs="+", help="names as in methods.py (default: all)")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[], help="agentsd and tomesd at these, too")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet for every method")
-    parser.add_argument("--profile", action="store_true", help="where a call's time goes, by kind of layer")
-    parser.add_argument("--pipeline", action="store_true", help="time whole images of a model that is no architecture")
-    parser.add_argument("--out", type=Path, help="JSON file (default: runs/results/latency-...json)")
-    args = parser.parse_args()
-    for name in ("batch", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
-    if args.warmup < 0:
-        parser.error(f"--warmup {args.warmup}: give 0 or more")
-    for size in args.size:
-        if size < 64 or size % 64:
-            parser.error(f"--size {size}: give a multiple of 64 pixels")
-    if args.out and len(args.size) > 1:
-        parser.error(f"--out {args.out}: each of {len(args.size)} sizes has a file of its own; leave it out")
-    if args.pipeline and (args.model in ARCHITECTURES or args.profile):
-        parser.error("--pipeline: give --model an id or a folder, and leave out --profile, which is of UNet calls")
-    if args.profile and (args.compile or args.device != "cpu"):
-        parser.error("--profile: leave out --compile, and give --device cpu: it times layers one by one as they run")
-    return args
+@dataclass
+class Case:
+    """What is measured."""
+
+    model: str = option("sd15", f"{', '.join(ARCHITECTURES)}, a model id or a folder")
+    size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=positive)
+    dtype: str = option("float16" if CUDA else "float32", "of weights and latents", choices=DTYPES)
+    device: str = option("cuda" if CUDA else "cpu", "of PyTorch")
+    batch: int = option(2, "samples of a call: two an image, or 1, which is without guidance")
+    steps: int = option(50 if CUDA else 20, "of a trajectory")
+    scheduler: str = option("euler", "which sampler", choices=SCHEDULERS)
+    rounds: int = option(2, "that are timed")
+    modes: list[str] = option(["eager"], "how the UNet runs (default: eager)", nargs="+", choices=MODES)
+    methods: list[str] | None = option(None, "names as in methods.py (default: all)", nargs="+")
+    ratios: list[float] = option([], "agentsd and tomesd at these, too", nargs="+", type=float)
+    profile: bool = option(CUDA, "one more round by the profiler; on a CPU of one mode")
+    out: Path | None = option(None, "JSON file (default: runs/results/latency-...json)", type=Path)
+
+    def __post_init__(self) -> None:
+        for size in self.size:
+            if size % 64:
+                raise ValueError(f"--size {size}: give a multiple of 64 pixels")
+        if self.out and len(self.size) > 1:
+            raise ValueError(f"--out {self.out}: each of {len(self.size)} sizes has its own file; leave it out")
+        if self.batch > 1 and self.batch % 2:
+            raise ValueError(f"--batch {self.batch}: give 1, or two for each image, as guidance has it")
+        if self.profile and not self.on_cuda and len(self.modes) > 1:
+            raise ValueError("--profile: on a CPU give one of the --modes at a time")
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    def path(self, size: int) -> Path:
+        usual = {self.device: "cpu", f"batch-{self.batch}": "batch-2", f"{self.steps}-steps": "50-steps"}
+        usual |= {self.scheduler: "euler", "-".join(self.modes): "eager"}
+        unusual = [value for value, default in usual.items() if value != default]
+        name = "-".join(["latency", Path(self.model).name, str(size), self.dtype, *unusual])
+        return self.out or RESULTS / f"{name}.json"
 
 
-def out_of(args: argparse.Namespace) -> Path:
-    unusual = ((args.device, "cpu"), (f"batch-{args.batch}", "batch-2"), (f"{args.steps}-steps", f"{STEPS}-steps"))
-    suffix = "".join(f"-{value}" for value, usual in unusual if value != usual)
-    suffix += "-compiled" * args.compile + "-pipeline" * args.pipeline
-    name = f"latency-{Path(args.model).name}-{args.size}-{args.dtype}{suffix}.json"
-    return args.out or RESULTS / name
+class Trajectories:
+    """Draws and times the latents of one size."""
+
+    def __init__(self, case: Case, pipe: Any, size: int) -> None:
+        self.case, self.pipe = case, pipe
+        images, guidance = (1, 1.0) if case.batch == 1 else (case.batch // 2, 7.5)
+        self.inputs = random_inputs(pipe, images, size, guidance)
+
+    def draw(self, method: Method, steps: int | None = None, step_ended: Callable[[], None] = lambda: None) -> None:
+        def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            step_ended()
+            return tensors
+
+        steps = steps or self.case.steps
+        method.images(self.pipe, num_inference_steps=steps, callback_on_step_end=callback, **self.inputs)
+
+    def timed(self, method: Method) -> dict[str, Any]:
+        """Seconds of a trajectory and of each of its calls, of the host until it had asked for all, and the memory."""
+        device = torch.get_device_module(self.case.device)
+        if self.case.on_cuda:
+            device.reset_peak_memory_stats()
+        device.synchronize()
+        start, marks = time.perf_counter(), [self._mark()]
+        self.draw(method, step_ended=lambda: marks.append(self._mark()))
+        host = time.perf_counter() - start
+        device.synchronize()
+        found: dict[str, Any] = {"seconds": time.perf_counter() - start, "host": host}
+        if not self.case.on_cuda:
+            return {**found, "calls": [after - before for before, after in itertools.pairwise(marks)]}
+        calls = [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
+        return {**found, "calls": calls, "peak_mb": device.max_memory_allocated() / 2**20}
+
+    def _mark(self) -> Any:
+        """A moment: of the clock on a CPU, of the device's queue on a GPU, where asking costs nothing."""
+        if not self.case.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def profiled(self, method: Method) -> dict[str, float]:
+        if self.case.on_cuda:
+            return on_device(lambda: self.draw(method), method.steps(self.case.steps))
+        return by_operation(lambda: self.draw(method))
+
+    def rounds(self, mode: str, methods: dict[str, Method], advance: Callable[[], None]) -> dict[str, list[Any]]:
+        """By method, what each round measured, and what the profiler did after the last.
+
+        A method that cannot run in the mode has the error in its place: CUDA graphs, for one, keep no cache of others.
+        """
+        found: dict[str, list[Any]] = {name: [] for name in methods}
+        every = range(self.case.rounds + self.case.profile)
+        order: Iterable[str] = [name for i in every for name in (reversed(methods) if i % 2 else methods)]
+        if mode in SLOW_TO_APPLY:
+            order = [name for name in methods for _ in every]
+        for name, visits in itertools.groupby(order):
+            measured, method = found[name], methods[name]
+            undo = method.apply(self.pipe)
+            try:
+                if not measured:  # what is compiled is so in a whole trajectory
+                    self.draw(method, None if mode in SLOW_TO_APPLY else min(4, self.case.steps))
+                for _ in visits:
+                    profiled = len(measured) == self.case.rounds
+                    measured.append(self.profiled(method) if profiled else self.timed(method))
+                    advance()
+            except RuntimeError as error:
+                if name == "unpatched":
+                    raise
+                measured[:] = [error]
+            finally:
+                undo()
+        return found
 
 
-def mean(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
-    """A round's baseline, timed before and after all methods: a machine that slows down or speeds up favours none."""
-    calls = {kind: (seconds + last["calls"][kind]) / 2 for kind, seconds in first["calls"].items()}
-    schedule = (first["schedule"] + last["schedule"]) / 2
-    return {"calls": calls, "schedule": schedule, "peak_mb": highest(first, last)}
-
-
-def highest(*rounds: dict[str, Any]) -> float | None:
-    """The peak memory of all of them; None where it is not measured."""
-    return max((found["peak_mb"] for found in rounds if found["peak_mb"] is not None), default=None)
-
-
-def summary(name: str, method: Method, rounds: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
-    ratios = [b["schedule"] / r["schedule"] for r, b in zip(rounds, base, strict=True)]
+def summary(name: str, mode: str, method: Method, rounds: list[Any], base: list[Any]) -> dict[str, Any]:
+    ratios = [b["seconds"] / r["seconds"] for r, b in zip(rounds, base, strict=True)]
+    calls = [statistics.median(call) for call in zip(*(r["calls"] for r in rounds), strict=True)]
+    peaks = [r["peak_mb"] for r in rounds if "peak_mb" in r]
     return {
         "method": name,
+        "mode": mode,
         "ratio": method.ratio,
-        "calls": {kind: statistics.median(r["calls"][kind] for r in rounds) for kind in rounds[0]["calls"]},
-        "schedule": statistics.median(r["schedule"] for r in rounds),
+        "seconds": statistics.median(r["seconds"] for r in rounds),
         "speedup": statistics.median(ratios),
         "spread": [min(ratios), max(ratios)],
-        "peak_mb": highest(*rounds),
+        "calls": {"least": min(calls), "median": statistics.median(calls), "most": max(calls)},
+        "host_ms": 1e3 * statistics.median(r["host"] for r in rounds) / len(calls),
+        "peak_mb": max(peaks, default=None),
         "rounds": rounds,
     }
 
 
-def measure(args: argparse.Namespace, methods: dict[str, Method]) -> dict[str, Any]:
-    bench = WholePipeline(args) if args.pipeline else Denoiser(args)
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+def measure(case: Case, pipe: Any, methods: dict[str, Method], size: int) -> dict[str, Any]:
+    """The result of one size, written after each mode."""
+    trajectories = Trajectories(case, pipe, size)
+    settings = {**asdict(case), "size": size, "out": None}
+    result: dict[str, Any] = {"kind": "latency", **card(case.device), "settings": settings, "rows": [], "notes": []}
     with Progress(transient=True) as progress:
-        count = args.warmup + args.rounds
-        task = progress.add_task(f"{args.size} px, interleaved rounds", total=count * (len(methods) + 1))
-        for _ in range(count):
-            timed: Timed = {}
-            for name, method in methods.items():
-                rounds[name].append(bench.round(method, timed))
-                progress.advance(task)
-            base = rounds["unpatched"]
-            base[-1] = mean(base[-1], bench.round(methods["unpatched"], {}))
-            progress.advance(task)
-    measured = {name: kept[args.warmup :] for name, kept in rounds.items()}
-    result: dict[str, Any] = {
-        "kind": "latency",
-        **card(args.device),
-        "settings": {key: value for key, value in vars(args).items() if key != "out"},
-        "flops": flops(bench.unet, args.batch, args.size),
-        "rows": [summary(name, method, measured[name], measured["unpatched"]) for name, method in methods.items()],
-    }
-    if not args.pipeline:
-        operations = counted(args, methods)
-        for row in result["rows"]:
-            row["operations"] = operations[row["method"]]
-    if args.profile:
-        result["profile"] = {name: bench.profile(method) for name, method in methods.items()}
+        total = len(case.modes) * len(methods) * (case.rounds + case.profile)
+        task = progress.add_task(f"{size} px, trajectories", total=total)
+        for mode in case.modes:
+            running = {name: method for name, plain in methods.items() if (method := MODES[mode](plain))}
+            found = trajectories.rounds(mode, running, lambda: progress.advance(task))
+            for name, measured in found.items():
+                if isinstance(measured[0], RuntimeError):
+                    reason = str(measured[0]).strip().splitlines()[0]
+                    result["notes"].append(f"{name}, {mode}: left out, since it fails with: {reason}")
+                    continue
+                rounds, last = measured[: case.rounds], measured[case.rounds :]
+                row = summary(name, mode, methods[name], rounds, found["unpatched"][: case.rounds])
+                if last and not case.on_cuda:
+                    result.setdefault("profile", {})[name] = last.pop()
+                result["rows"].append(row | dict(*last))
+            write_json(case.path(size), result)
     return result
 
 
 def main() -> None:
-    args = parse_args()
-    if (args.device, args.dtype) == ("cpu", "bfloat16") and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        slow = "note: this CPU has no instructions for bfloat16, and a call may take an hour: give --dtype float32"
-        print(slow, file=sys.stderr)
+    case = parsed(Case, __doc__)
     with errors_in_one_line():
-        methods = chosen(args.methods, args.ratios)
-        for size in args.size:
-            one = argparse.Namespace(**{**vars(args), "size": size})
-            result, out = measure(one, methods), out_of(one)
-            write_json(out, result)
+        methods = chosen(case.methods, case.ratios)
+        pipe = load_pipeline(case.model, DTYPES[case.dtype], case.device, case.scheduler)
+        for size in case.size:
+            result = measure(case, pipe, methods, size)
             print_table(result, latency_rows(result))
             if "profile" in result:
                 print_table(result, profile_rows(result))
-            print(f"-> {out}")
+            print(*result["notes"], f"-> {case.path(size)}", sep="\n")
 
 
 if __name__ == "__main__":

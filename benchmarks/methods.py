@@ -1,26 +1,24 @@
-"""What is compared: every method is a function that applies itself to a pipeline, or to something with a ``unet``.
+"""What is compared: every method is a function that applies itself to a pipeline, or to what has a ``unet``.
 
-Each returns how to undo it. A further peer is one function more, and one line in `METHODS`.
+Each returns how to undo it. A further peer is one function more, and one line in `METHODS`; another way to run the
+UNet, whatever the method, is one line in `MODES`.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import importlib.util
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 import agentsd
-from agentsd.config import Settings
-from agentsd.reuse import interval_of, is_whole
-from agentsd.sites import find_sites
 
 Undo = Callable[[], Any]
-PHASES = ("early", "late")
+LIMIT = "no self-attention at the top (the limit)"
 
 
 @dataclass(frozen=True)
@@ -29,77 +27,50 @@ class Method:
 
     Attributes:
         apply: takes the pipeline, returns how to undo it.
-        interval, order: of the reuse of deep features, which say what denoiser calls are whole. An interval below 1 is
-            a share of the trajectory.
-        phases: share of the steps after which calls cost something else; None where they never do.
         ratio: share of the tokens merged, for the table; None where none is.
-        settings: all of them, by which images of before are known to be of the same method.
+        settings: by which images of before are known to be of the same method.
+        share: of the steps that are asked for: what is not patched may take fewer.
+        call: draws images with a pipeline and its arguments, where the method has a loop of its own.
+        packages: that must be installed.
     """
 
     apply: Callable[[Any], Undo]
-    interval: float = 1
-    order: int = 0
-    phases: float | None = None
     ratio: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    call: Callable[..., Any] | None = None
+    packages: tuple[str, ...] = ()
 
-    def at(self, steps: int) -> Method:
-        """The same, its interval in calls: where no scheduler says that the trajectory has ``steps``."""
-        if self.interval >= 1:
-            return self
-        return agent(**{**self.settings, "cache_interval": interval_of(self.interval, steps)})
+    def steps(self, asked: int) -> int:
+        return max(1, round(self.share * asked))
 
-
-class Calls:
-    """The kinds of call that a method's schedule of ``steps`` steps has, by name, and how often.
-
-    ``alike`` is equal for methods whose calls are the same and which differ only in how often one is whole.
-    """
-
-    def __init__(self, method: Method, steps: int) -> None:
-        early = steps if method.phases is None else round(method.phases * steps)
-        interval = interval_of(method.interval, steps)
-        whole = [is_whole(i, interval, method.order, steps - 1 - i) for i in range(steps)]
-        kinds = ["whole" if ran else "cheap" for ran in whole]
-        self.counts = Counter(f"{'early' if i < early else 'late'} {kind}" for i, kind in enumerate(kinds))
-        costs = method.settings | dict.fromkeys(method.settings.keys() & {"cache_interval", "DeepCache"})
-        self.alike = str((costs, interval > 1, sorted(self.counts)))
-        self._until_cheap = kinds[: kinds.index("cheap") + 1] if "cheap" in kinds else []
-
-    def of(self, phase: str) -> list[str]:
-        """What to call to time one phase. A cheap call follows whole ones, which may be there for it alone."""
-        if f"{phase} cheap" in self.counts:
-            return [f"{phase} {kind}" for kind in self._until_cheap]
-        return [name for name in (f"{phase} whole",) if name in self.counts]
-
-    def schedule(self, seconds: dict[str, float]) -> float:
-        """Seconds of the schedule, from those of a call of each kind."""
-        return sum(count * seconds[name] for name, count in self.counts.items())
+    def images(self, pipe: Any, *prompts: Any, num_inference_steps: int, **inputs: Any) -> Any:
+        """What a call of the pipeline gives."""
+        inputs["num_inference_steps"] = self.steps(num_inference_steps)
+        return self.call(pipe, *prompts, **inputs) if self.call else pipe(*prompts, **inputs)
 
 
 def agent(**given: Any) -> Method:
     """agentsd: the paper's schedule, but for what is given."""
-    preset = agentsd.PRESETS.get(given.pop("preset", None), {})
-    settings = Settings(**{**preset, **given, "seed": 0, "min_tokens": 0})
+    settings = {**agentsd.PRESETS.get(given.pop("preset", None), {}), **given, "seed": 0, "min_tokens": 0}
 
     def apply(pipe: Any) -> Undo:
-        agentsd.apply_patch(pipe, **asdict(settings))
+        agentsd.apply_patch(pipe, **settings)
         return lambda: agentsd.remove_patch(pipe)
 
-    alike = len({(phase.sy, phase.sx, phase.agent_ratio) for phase in settings.phases}) == 1
-    return Method(
-        apply,
-        settings.cache_interval,
-        settings.cache_order,
-        None if alike else settings.agent_steps,
-        None if settings.sample_kv else settings.ratio or None,
-        asdict(settings),
-    )
+    merged = 0 if settings.get("sample_kv") else settings.get("ratio", 0.4)
+    return Method(apply, merged or None, {"agentsd": settings})
 
 
-def top_level(unet: nn.Module) -> int:
-    """That of the highest resolution with self-attention: 0 in Stable Diffusion 1.x and 2.x, 1 in SDXL."""
-    return min(site.level for site in find_sites(unet) if not site.skip)
+def top_attention(unet: nn.Module) -> tuple[int, list[nn.Module]]:
+    """The highest level that has self-attention (0 in Stable Diffusion 1.x and 2.x, 1 in SDXL), and its layers."""
+    ups = list(reversed(unet.up_blocks))
+    for level, down in enumerate(unet.down_blocks):
+        modules = [module for block in (down, ups[level]) for module in block.modules()]
+        blocks = [module for module in modules if type(module).__name__ == "BasicTransformerBlock"]
+        if layers := [block.attn1 for block in blocks if not block.only_cross_attention]:
+            return level, layers
+    raise ValueError(f"{type(unet).__name__} has no self-attention")
 
 
 def tome(ratio: float) -> Method:
@@ -108,10 +79,11 @@ def tome(ratio: float) -> Method:
     def apply(pipe: Any) -> Undo:
         import tomesd  # noqa: PLC0415
 
-        tomesd.apply_patch(pipe.unet, ratio=ratio, max_downsample=2 ** top_level(pipe.unet))
+        level, _ = top_attention(pipe.unet)
+        tomesd.apply_patch(pipe.unet, ratio=ratio, max_downsample=2**level)
         return lambda: tomesd.remove_patch(pipe.unet)
 
-    return Method(apply, ratio=ratio, settings={"tomesd": ratio})
+    return Method(apply, ratio, {"tomesd": ratio}, packages=("tomesd",))
 
 
 def deepcache(interval: int) -> Method:
@@ -125,46 +97,44 @@ def deepcache(interval: int) -> Method:
         helper.enable()
         return helper.disable
 
-    return Method(apply, interval, settings={"DeepCache": interval})
+    return Method(apply, settings={"DeepCache": interval}, packages=("DeepCache",))
+
+
+def tgate(gate: float = 0.4, interval: int = 5) -> Method:
+    """T-GATE 2 (tgate on PyPI), as its page has it: cross-attention and guidance end at step 10 of 25."""
+
+    def apply(pipe: Any) -> Undo:
+        layers = [module for module in pipe.unet.modules() if type(module).__name__ == "Attention"]
+        return lambda: [vars(layer).pop(name, None) for layer in layers for name in ("forward", "cache")]
+
+    def call(pipe: Any, *prompts: Any, num_inference_steps: int, **inputs: Any) -> Any:
+        import tgate  # noqa: PLC0415
+
+        load = tgate.TgateSDXLLoader if "XL" in type(pipe).__name__ else tgate.TgateSDLoader
+        schedule = {"gate_step": round(gate * num_inference_steps), "sp_interval": interval, "fi_interval": 1}
+        inputs |= schedule | {"warm_up": 2, "num_inference_steps": num_inference_steps}
+        return load(pipe).tgate(*prompts, **inputs)
+
+    return Method(apply, settings={"T-GATE": [gate, interval]}, call=call, packages=("tgate",))
 
 
 def together(first: Method, second: Method) -> Method:
-    """Both at once, of which one at most reuses features.
-
-    Raises:
-        ValueError: an interval is a share of the trajectory.
-    """
-    if min(first.interval, second.interval) < 1:
-        raise ValueError(f"interval {min(first.interval, second.interval)}: give it in calls, where two methods meet")
+    """Both at once."""
 
     def apply(pipe: Any) -> Undo:
         undo_first, undo_second = first.apply(pipe), second.apply(pipe)
         return lambda: (undo_second(), undo_first())
 
-    return Method(
-        apply,
-        interval=second.interval if first.interval == 1 else first.interval,
-        order=max(first.order, second.order),
-        phases=first.phases or second.phases,
-        ratio=first.ratio or second.ratio,
-        settings={**first.settings, **second.settings},
-    )
+    settings, packages = {**first.settings, **second.settings}, first.packages + second.packages
+    return Method(apply, first.ratio or second.ratio, settings, packages=packages)
 
 
 def no_attention(pipe: Any) -> Undo:
     """No self-attention at the highest resolution at all: the limit of what a patch of it can give."""
-    top = top_level(pipe.unet)
-    sites = [site for site in find_sites(pipe.unet) if site.level == top and not site.skip]
-    layers = [pipe.unet.get_submodule(site.name).attn1 for site in sites]
-    before = [layer.forward for layer in layers]
+    _, layers = top_attention(pipe.unet)
     for layer in layers:
-        layer.forward = lambda hidden_states, **_: torch.zeros_like(hidden_states)
-
-    def undo() -> None:
-        for layer, forward in zip(layers, before, strict=True):
-            layer.forward = forward
-
-    return undo
+        layer.forward = lambda hidden_states, *_, **__: torch.zeros_like(hidden_states)
+    return lambda: [vars(layer).pop("forward", None) for layer in layers]
 
 
 def unpatched(pipe: Any) -> Undo:
@@ -173,6 +143,8 @@ def unpatched(pipe: Any) -> Undo:
 
 METHODS: dict[str, Method] = {
     "unpatched": Method(unpatched),
+    "unpatched, 1/2 of the steps": Method(unpatched, settings={"steps": "1/2"}, share=1 / 2),
+    "unpatched, 1/3 of the steps": Method(unpatched, settings={"steps": "1/3"}, share=1 / 3),
     "tomesd r=0.4": tome(0.4),
     "agentsd r=0.4 (the paper's schedule)": agent(),
     "agentsd r=0.4, agents in all steps": agent(agent_steps=1.0),
@@ -181,6 +153,7 @@ METHODS: dict[str, Method] = {
     "agentsd few_steps": agent(preset="few_steps"),
     "DeepCache N=3": deepcache(3),
     "DeepCache N=5": deepcache(5),
+    "T-GATE": tgate(),
     "tomesd r=0.4 + DeepCache N=3": together(tome(0.4), deepcache(3)),
     "tomesd r=0.4 + DeepCache N=5": together(tome(0.4), deepcache(5)),
     "agentsd r=0.4 + DeepCache N=3": together(agent(), deepcache(3)),
@@ -189,31 +162,65 @@ METHODS: dict[str, Method] = {
     "agentsd balanced": agent(preset="balanced"),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
     "agentsd fast": agent(preset="fast"),
-    "no self-attention at the top (the limit)": Method(no_attention, settings={"self-attention": False}),
+    LIMIT: Method(no_attention, settings={"self-attention": False}),
 }
-
-
-def trajectory(steps: int) -> tuple[torch.Tensor, dict[str, int]]:
-    """Timesteps to time calls at, and the place among them at which each phase begins.
-
-    The late one is ``steps`` calls from the end, and the early one as many before it as every interval divides: whole
-    and cheap calls follow each other there as they do at the beginning of a trajectory of ``steps`` steps.
-    """
-    every = math.lcm(*(interval_of(method.interval, steps) for method in METHODS.values()))
-    between = every * math.ceil(2 * steps / every)
-    return torch.linspace(999, 1, between + steps), dict(zip(PHASES, (0, between), strict=True))
 
 
 def chosen(names: list[str] | None, ratios: list[float]) -> dict[str, Method]:
     """The methods of these names, or all, and of agentsd and tomesd one at each ratio.
 
     Raises:
-        ValueError: a name is none of ours.
+        ValueError: a name is none of ours, or its package is not installed.
     """
-    unknown = [name for name in names or () if name not in METHODS]
-    if unknown:
+    if unknown := [name for name in names or () if name not in METHODS]:
         raise ValueError(f"--methods {unknown[0]!r} is not known: give some of {', '.join(map(repr, METHODS))}")
     picked = {name: METHODS[name] for name in METHODS if not names or name in names or name == "unpatched"}
     for ratio in ratios:
         picked |= {f"tomesd r={ratio:g}": tome(ratio), f"agentsd r={ratio:g}": agent(ratio=ratio)}
+    for name, method in list(picked.items()):
+        missing = [package for package in method.packages if importlib.util.find_spec(package) is None]
+        if missing and name in (names or ()):
+            raise ValueError(f"--methods {name!r}: pip install {' '.join(missing)}")
+        if missing:
+            print(f"note: {name} is left out: pip install {' '.join(missing)}", file=sys.stderr)
+            del picked[name]
     return picked
+
+
+def prepared(method: Method, prepare: Callable[[nn.Module], Undo]) -> Method:
+    """The same on a UNet that is prepared before the method is applied."""
+
+    def apply(pipe: Any) -> Undo:
+        undo_mode = prepare(pipe.unet)
+        undo = method.apply(pipe)
+        return lambda: (undo(), undo_mode())
+
+    return replace(method, apply=apply)
+
+
+def channels_last(unet: nn.Module) -> Undo:
+    unet.to(memory_format=torch.channels_last)
+    return lambda: unet.to(memory_format=torch.contiguous_format)
+
+
+def compiled(mode: str) -> Callable[[nn.Module], Undo]:
+    def prepare(unet: nn.Module) -> Undo:
+        unet.compile(mode=mode)
+
+        def undo() -> None:
+            unet._compiled_call_impl = None
+            torch.compiler.reset()
+
+        return undo
+
+    return prepare
+
+
+# how a UNet runs: each takes a method and gives the one that runs so, or None where it cannot
+MODES: dict[str, Callable[[Method], Method | None]] = {
+    "eager": lambda method: method,
+    "channels-last": lambda method: prepared(method, channels_last),
+    "compile": lambda method: prepared(method, compiled("default")),
+    "reduce-overhead": lambda method: prepared(method, compiled("reduce-overhead")),
+}
+SLOW_TO_APPLY = {"compile", "reduce-overhead"}  # each method compiles anew

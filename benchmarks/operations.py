@@ -1,44 +1,113 @@
-"""How much less is there to compute, and to hold in memory? Both counted, of a denoiser call that computes nothing.
+"""How much less is there to compute, and to hold in memory? Both counted, of a trajectory that computes nothing.
 
 Exact, the same on every machine, and at any size: what a method saves where arithmetic is all that costs. What it
-saves in seconds, `latency.py` measures. The memory is that of the tensors of a call, with the features that are kept
-for later ones, and without the weights.
+saves in seconds, `latency.py` measures. The memory is that of the tensors of a denoiser call, with the features that
+are kept for later ones, and without the weights and the workspace of kernels.
 
     python benchmarks/operations.py --model sd15 --size 256 512 1024 2048
     python benchmarks/operations.py --model sdxl --size 1024
 """
 
+# ruff: noqa: RUF009 (an option is a field)
+
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from architectures import ARCHITECTURES
-from card import card, errors_in_one_line, write_json
-from counting import counted
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES, load_pipeline, pooled_width
+from card import card, write_json
 from latency import RESULTS
-from methods import chosen
+from methods import Method, chosen
+from options import errors_in_one_line, option, parsed, positive
 from tables import operations_rows, print_table
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as one operation, as devices have it. Of tensors without data PyTorch makes the N x N products."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, False)[0]
+        return function(*args, **(kwargs or {}))
+
+
+class LiveMemory(TorchDispatchMode):
+    """The most bytes that tensors made within it hold at once: no weights, no inputs, no workspace of a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_mb = 0.0
+        self._sizes = WeakIdKeyDictionary()  # of the storages that are alive
+
+    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # an output that is one of them is a view
+        for storage in _storages(output):
+            if storage._cdata not in given:
+                self._sizes[storage] = storage.nbytes()
+        self.peak_mb = max(self.peak_mb, sum(self._sizes.values()) / 2**20)
+        return output
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_meta)
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+@torch.inference_mode()
+def counted(pipe: Any, method: Method, size: int, steps: int) -> dict[str, Any]:
+    """Floating-point operations of the dearest call, of the cheapest and of all, and the peak of memory in MB."""
+    config, calls = pipe.unet.config, []
+    sample = torch.empty(1, config.in_channels, size // 8, size // 8, device="meta")
+    inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, config.cross_attention_dim, device="meta")}
+    if width := pooled_width(config):
+        shapes = {"text_embeds": (1, width), "time_ids": (1, 6)}
+        inputs["added_cond_kwargs"] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    pipe.scheduler.set_timesteps(method.steps(steps))
+    undo = method.apply(pipe)
+    with LiveMemory() as memory:
+        for t in pipe.scheduler.timesteps:
+            with FusedAttention(), FlopCounterMode(display=False) as counter:
+                pipe.unet(sample, t, **inputs)
+            calls.append(float(counter.get_total_flops()))
+    undo()
+    return {"calls": {"dearest": max(calls), "cheapest": min(calls)}, "total": sum(calls), "peak_mb": memory.peak_mb}
+
+
+@dataclass
+class Case:
+    """What is counted."""
+
+    model: str = option("sd15", f"{', '.join(ARCHITECTURES)}, a model id or a folder")
+    size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=positive)
+    steps: int = option(50, "of a trajectory")
+    methods: list[str] | None = option(None, "names as in methods.py (default: all)", nargs="+")
+    out: Path = option(RESULTS, "folder of the JSON files", type=Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd15", help=f"{', '.join(ARCHITECTURES)}, a model id or a folder")
-    parser.add_argument("--size", type=int, nargs="+", default=[512], help="pixels of a side (default: 512)")
-    parser.add_argument("--steps", type=int, default=50, help="of the schedule (default: 50)")
-    parser.add_argument("--methods", nargs="+", help="names as in methods.py (default: all)")
-    args = parser.parse_args()
-    for name, values in (("size", args.size), ("steps", [args.steps])):
-        if min(values) < 1:
-            parser.error(f"--{name} {min(values)}: give 1 or more")
+    case = parsed(Case, __doc__)
     with errors_in_one_line():
-        methods = chosen(args.methods, [])
-        for size in args.size:
-            settings = {**vars(args), "size": size, "batch": 1, "dtype": "float32", "device": "meta", "compile": False}
-            found = counted(argparse.Namespace(**settings), methods)
-            rows = [{"method": name, "ratio": methods[name].ratio, **counts} for name, counts in found.items()]
-            result = {"kind": "operations", **card("meta"), "settings": settings, "rows": rows}
-            out = RESULTS / f"operations-{Path(args.model).name}-{size}.json"
+        methods = chosen(case.methods, [])
+        for name in [name for name, method in methods.items() if method.call]:
+            print(f"note: {name} is left out: it has a loop of its own, and not the denoiser's calls alone")
+            del methods[name]
+        pipe = load_pipeline(case.model, torch.float32, "meta")
+        for size in case.size:
+            rows = [{"method": n, "ratio": m.ratio, **counted(pipe, m, size, case.steps)} for n, m in methods.items()]
+            result = {"kind": "operations", **card("meta"), "settings": {**asdict(case), "size": size}, "rows": rows}
+            out = case.out / f"operations-{Path(case.model).name}-{size}.json"
             write_json(out, result)
             print_table(result, operations_rows(result))
             print(f"-> {out}")

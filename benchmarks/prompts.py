@@ -16,7 +16,7 @@ def load_prompts(source: str, count: int) -> list[str]:
         ValueError: the source is none of these, or has no prompt.
     """
     if source == "demo":
-        return demo_captions(count)
+        return [scene.caption for scene in demo_scenes(count)]
     if source == "imagenet":
         from torchvision.models import ResNet18_Weights  # noqa: PLC0415
 
@@ -38,7 +38,3 @@ def demo_scenes(count: int) -> list:
     rng = random.Random(0)
     draw = lambda: Scene(rng.choice(things()), *(rng.choice(list(x)) for x in (BACKGROUNDS, PLACES, SIZES)))
     return [draw() for _ in range(count)]
-
-
-def demo_captions(count: int) -> list[str]:
-    return [scene.caption for scene in demo_scenes(count)]

@@ -1,36 +1,42 @@
-"""All results as one Markdown page and one self-contained HTML file.
+"""All results as one page, and on demand every plot.
 
-python benchmarks/report.py                   # benchmarks/results/README.md and report.html
-python benchmarks/report.py --images runs/quality   # with a before-and-after slider for each method
+python benchmarks/report.py                                # benchmarks/results/README.md, and its figures anew
+python benchmarks/report.py --html runs/report             # report.html and all plots as files, in runs/report
+python benchmarks/report.py --html runs/report --images runs/quality    # with before-and-after sliders
 """
+
+# ruff: noqa: RUF009 (an option is a field)
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
+import itertools
 import json
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from options import option, parsed
 from plots import plots
-from tables import latency_rows, markdown, operations_rows, profile_rows, quality_rows, title
+from tables import Rows, markdown, profile_rows, rows_of, title
 
 RESULTS = Path(__file__).with_name("results")
 INTRODUCTION = """# Results
 
-Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. Measured on
-CPUs alone: speed on the real architectures with random weights, quality on the demo model, whose 32x32 latents have
-1,024 tokens. Speed-ups are medians of ratios taken within a round, against PyTorch's fused attention; the range is
-that of the rounds. Operations and the peak of memory are counted: of the tensors of a call and of the features that it
-keeps, without weights and the workspace of kernels. What the paper measured (an RTX 4090, naive attention) is in the
-README, and is labelled so. Nobody has measured yet, to our knowledge: FID of this implementation with trained Stable
-Diffusion weights, and its speed on a GPU against fused attention.
+Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. Speed is that
+of the real architectures with random weights, against PyTorch's fused attention, median of the ratios taken within a
+round, with their range; quality that of the demo model, whose 32x32 latents have 1,024 tokens. Operations and peak
+memory are counted: tensors of a call and features that it keeps, no weights and no workspace of kernels. The paper's
+own figures are in the README. Nobody has measured yet, to our knowledge: FID of this implementation with trained
+Stable Diffusion weights.
+
+To add to it, run `benchmarks/latency.py`, `quality.py` or `operations.py`, copy the JSON file from `runs/results/` to
+this folder, and make the page anew. Other plots, and sliders over images, are made on demand and not kept:
+`python benchmarks/report.py --html runs/report`.
 """
-PROFILE = "Where the time goes, in all calls of a round together: a schedule has fewer whole ones to each cheap one."
-STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}table{border-collapse:collapse}
-td,th{padding:.25em .7em;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
+PROFILE = "Where the time goes, in all calls together:"
+STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}
 .pair{position:relative;display:inline-block;margin:.5em}.pair img{width:256px;display:block}
 .pair img+img{position:absolute;top:0;left:0}.pair input{width:256px}svg{max-width:100%;height:auto}
 figure{margin:1em 0}"""
@@ -40,99 +46,103 @@ document.querySelectorAll('svg').forEach(s=>s.onwheel=e=>{e.preventDefault();
 const b=s.viewBox.baseVal,k=e.deltaY<0?.9:1.1;b.x+=b.width*(1-k)/2;b.y+=b.height*(1-k)/2;b.width*=k;b.height*=k})"""
 
 
+@dataclass
+class Section:
+    """The results of one command: a heading, lines of text, and tables with what stands above them."""
+
+    heading: str
+    lines: list[str]
+    tables: list[tuple[str, Rows]]
+
+
 def load(folder: Path) -> list[dict[str, Any]]:
-    """The results of a folder, latency before quality, by model, data type and size."""
+    """The results of a folder: GPUs before CPUs, latency before quality, then by model, data type and size."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    order = lambda r: (r["kind"], r["settings"]["model"], r["settings"].get("dtype", ""), r["settings"].get("size", 0))
+
+    def order(result: dict[str, Any]) -> tuple[Any, ...]:
+        settings = result["settings"]
+        without_gpu = "gpu" not in result["hardware"]
+        return without_gpu, result["kind"], settings["model"], settings.get("dtype") or "", settings.get("size", 0)
+
     return sorted(found, key=order)
 
 
-def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    return {"latency": latency_rows, "operations": operations_rows, "quality": quality_rows}[result["kind"]](result)
+def sections(results: list[dict[str, Any]]) -> list[Section]:
+    found = []
+    for command, group in itertools.groupby(results, key=lambda result: result["command"]):
+        first, *others = together = list(group)
+        heading = title(first)
+        if first["kind"] == "latency":
+            heading += f", {first['settings']['steps']} steps{', by ratio' * bool(first['settings']['ratios'])}"
+        if others:
+            heading = heading.replace(f", {first['settings']['size']} px", "")
+        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        notes = dict.fromkeys(note for result in together for note in result.get("notes", []))
+        tables = [(f"{r['settings']['size']} pixels:" if others else "", rows_of(r)) for r in together]
+        tables += [(PROFILE, profile_rows(result)) for result in together if "profile" in result]
+        found.append(Section(heading, [f"`{command}`, {versions}", *notes], tables))
+    return found
 
 
-def page(results: list[dict[str, Any]], drawn: dict[str, str]) -> str:
-    parts = [INTRODUCTION, "\n".join(f"- [{heading(result)}](#{anchor(heading(result))})" for result in results)]
-    parts += ["## Plots", "\n".join(f'<img src="plots/{name}.svg" alt="{name}" width="49%">' for name in drawn)]
-    for result in results:
-        parts += [f"## {heading(result)}", f"`{result['command']}`", versions(result), markdown(rows_of(result))]
-        parts += result.get("notes", [])
-        if "profile" in result:
-            parts += [PROFILE, markdown(profile_rows(result))]
+def page(results: list[dict[str, Any]], figures: list[str]) -> str:
+    parts = [INTRODUCTION.rstrip(), *(f"![{Path(name).stem}](plots/{name})" for name in figures)]
+    for section in sections(results):
+        parts += [f"## {section.heading}", *section.lines]
+        for above, rows in section.tables:
+            parts += [above] * bool(above) + [markdown(rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def heading(result: dict[str, Any]) -> str:
-    """One for each result: those of the same case differ in steps, or in whether ratios are compared."""
-    if result["kind"] != "latency":
-        return title(result)
-    return f"{title(result)}, {result['settings']['steps']} steps{', by ratio' * bool(result['settings']['ratios'])}"
-
-
-def anchor(text: str) -> str:
-    """Of a heading, as GitHub makes it."""
-    return re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-")
-
-
-def versions(result: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+def report(drawn: dict[str, str], images: Path | None) -> str:
+    """Every plot, to be zoomed, and sliders over images."""
+    parts = ["<h2>Plots</h2><p>Zoom with the wheel.</p>", *(f"<figure>{text}</figure>" for text in drawn.values())]
+    parts += ["<h2>Without and with</h2>", sliders(images)] if images else []
+    head = f'<meta charset="utf-8"><title>agentsd: benchmarks</title><style>{STYLE}</style>'
+    body = "\n".join(["<h1>agentsd: benchmarks</h1>", *parts])
+    return f"<!doctype html>{head}{body}<script>{SCRIPT}</script>"
 
 
 def sliders(folder: Path, count: int = 3) -> str:
     """Unpatched and patched on top of each other, for the first images of each method."""
     parts = []
-    for method in sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(("real", "unpatched"))
-    ):
+    for method in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("real")):
+        if method.name == "unpatched":
+            continue
         parts.append(f"<h3>{html.escape(method.name)}</h3>")
         for path in sorted(method.glob("*.png"))[:count]:
-            pair = [data_url(folder / "unpatched" / path.name), data_url(path)]
-            images = "".join(f'<img src="{url}" alt="">' for url in pair)
-            parts.append(f'<span class="pair">{images}<input type="range" value="0" aria-label="compare"></span>')
+            urls = [base64.b64encode(one.read_bytes()).decode() for one in (folder / "unpatched" / path.name, path)]
+            pair = "".join(f'<img src="data:image/png;base64,{url}" alt="">' for url in urls)
+            parts.append(f'<span class="pair">{pair}<input type="range" value="0" aria-label="compare"></span>')
     return "\n".join(parts)
 
 
-def data_url(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+@dataclass
+class Options:
+    """Where results are, and what to make of them."""
 
+    results: Path = option(RESULTS, "folder of JSON files, and of the page", type=Path)
+    html: Path | None = option(None, "folder for report.html and every plot", type=Path)
+    images: Path | None = option(None, "folder that quality.py filled, for the sliders", type=Path)
 
-def html_table(rows: list[tuple[str, ...]]) -> str:
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-    first, *rest = (cells(row, "td" if i else "th") for i, row in enumerate(rows))
-    return f"<table><tr>{first}</tr>{''.join(f'<tr>{row}</tr>' for row in rest)}</table>"
-
-
-def report(results: list[dict[str, Any]], drawn: dict[str, str], images: Path | None) -> str:
-    parts = []
-    for result in results:
-        parts.append(f"<h2>{html.escape(heading(result))}</h2><p><code>{html.escape(result['command'])}</code></p>")
-        parts += [html_table(rows_of(result)), *(f"<p>{html.escape(note)}</p>" for note in result.get("notes", []))]
-        if "profile" in result:
-            parts += [f"<p>{PROFILE}</p>", html_table(profile_rows(result))]
-    figures = [f"<figure>{text}</figure>" for text in drawn.values()]
-    pictures = ["<h2>Without and with</h2>", sliders(images)] if images else []
-    body = "\n".join(["<h2>Plots</h2><p>Zoom with the wheel.</p>", *figures, *pictures, *parts])
-    head = f'<meta charset="utf-8"><title>agentsd: benchmarks</title><style>{STYLE}</style>'
-    return f"<!doctype html>{head}<h1>agentsd: benchmarks</h1>{body}<script>{SCRIPT}</script>"
+    def __post_init__(self) -> None:
+        if not any(self.results.glob("*.json")):
+            raise ValueError(f"--results {self.results}: there is no JSON file; run latency.py or quality.py first")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
-    parser.add_argument("--images", type=Path, help="folder that quality.py filled, for the sliders")
-    args = parser.parse_args()
-    results = load(args.results)
-    if not results:
-        parser.error(f"--results {args.results}: there is no JSON file; run latency.py or quality.py first")
-    drawn, folder = plots(results), args.results / "plots"
-    folder.mkdir(exist_ok=True)
-    for old in (*folder.glob("growth-*.svg"), *folder.glob("front-*.svg")):
-        old.unlink()
-    for name, text in drawn.items():
-        (folder / f"{name}.svg").write_text(text)
-    (args.results / "README.md").write_text(page(results, drawn))
-    (args.results / "report.html").write_text(report(results, drawn, args.images))
-    print(f"-> {args.results / 'README.md'}, {args.results / 'report.html'}")
+    options = parsed(Options, __doc__)
+    results, kept = load(options.results), sorted((options.results / "plots").glob("*.svg"))
+    drawn = plots(results)
+    for path in kept:
+        path.write_text(drawn[path.stem])
+    (options.results / "README.md").write_text(page(results, [path.name for path in kept]))
+    print(f"-> {options.results / 'README.md'}")
+    if options.html:
+        options.html.mkdir(parents=True, exist_ok=True)
+        for name, text in drawn.items():
+            (options.html / f"{name}.svg").write_text(text)
+        (options.html / "report.html").write_text(report(drawn, options.images))
+        print(f"-> {options.html / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -2,57 +2,52 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 from typing import Any
 
-from methods import METHODS, Calls
 from rich.console import Console
 from rich.table import Table
 
 Rows = list[tuple[str, ...]]
 ERROR = ", standard error"  # behind the name of a metric, in the JSON; in tables it stands beside the value
 ABOVE = " above unpatched"
+# of a call on a GPU, in the mean: the host until it has asked for all, and what the profiler counted
+COUNTS = {"host_ms": "{:.1f}", "kernels": "{:,.0f}", "copies": "{:.1f}", "waits": "{:.1f}", "device_ms": "{:.1f}"}
 
 
 def latency_rows(result: dict[str, Any]) -> Rows:
-    steps = result["settings"]["steps"]
-    memory = ("peak, GB",) if result["hardware"].get("gpu") else ()
-    calls = ("early call, s", "late call, s", "cheap call, s")
-    counted = ("FLOPs",) if all("operations" in row for row in result["rows"]) else ()
-    rows: Rows = [("method", "r %", *calls, *memory, *counted, f"{steps} steps, s", "speed-up")]
-    operations = result["rows"][0]["operations"]["schedule"] if counted else 0
-    for row in result["rows"]:
-        timed = row["calls"]
-        late = timed.get("late whole", timed.get("early whole"))
-        cheap = [timed[kind] for kind in ("early cheap", "late cheap") if kind in timed]
+    rows, steps = result["rows"], result["settings"]["steps"]
+    several = len({row["mode"] for row in rows}) > 1
+    calls = list(dict.fromkeys(kind for row in rows for kind in row["calls"]))
+    peak = "gpu" in result["hardware"]
+    counts = [name for name in COUNTS if peak and any(name in row for row in rows)]
+    counted = all("operations" in row for row in rows)
+    heading = ["method", *["mode"] * several, "r %", *(f"{kind} call, s" for kind in calls), *counts]
+    heading += ["peak, GB"] * peak + ["FLOPs"] * counted + [f"{steps} steps, s", "speed-up"]
+    found: Rows = [tuple(heading)]
+    for row in rows:
+        cells = [row["method"], *[row["mode"]] * several, percent(row["ratio"])]
+        cells += [short(row["calls"][kind]) if kind in row["calls"] else "" for kind in calls]
+        cells += [COUNTS[name].format(row[name]) if name in row else "" for name in counts]
+        cells += [f"{row['peak_mb'] / 1024:.2f}"] if peak else []
+        if counted:
+            cells.append(f"{row['operations']['total'] / rows[0]['operations']['total']:.0%}")
         low, high = row["spread"]
         spread = f"{low:.2f}-{high:.2f}" if len(row["rounds"]) > 1 else "one round"
-        rows.append(
-            (
-                row["method"],
-                f"{100 * row['ratio']:.0f}" if row["ratio"] else "",
-                f"{timed['early whole']:.2f}" if "early whole" in timed else "",
-                f"{late:.2f}" if late is not None else "",
-                " / ".join(f"{seconds:.2f}" for seconds in cheap),
-                *(f"{row['peak_mb'] / 1024:.2f}" for _ in memory),
-                *(f"{row['operations']['schedule'] / operations:.0%}" for _ in counted),
-                f"{row['schedule']:.1f}",
-                f"{row['speedup']:.2f}x ({spread})",
-            )
-        )
-    return rows
+        found.append((*cells, short(row["seconds"]), f"{row['speedup']:.2f}x ({spread})"))
+    return found
 
 
 def operations_rows(result: dict[str, Any]) -> Rows:
-    kinds = ("early whole", "late whole", "early cheap", "late cheap")
-    rows: Rows = [("method", "r %", *(f"{kind}, TFLOP" for kind in kinds), "of the schedule", "ratio", "peak, MB")]
-    for row in result["rows"]:
-        calls = [f"{row['calls'][kind] / 1e12:.3f}" if kind in row["calls"] else "" for kind in kinds]
-        share = row["schedule"] / result["rows"][0]["schedule"]
-        ratio = f"{100 * row['ratio']:.0f}" if row["ratio"] else ""
-        rows.append((row["method"], ratio, *calls, f"{share:.1%}", f"{1 / share:.2f}x", f"{row['peak_mb']:,.0f}"))
-    return rows
+    rows = result["rows"]
+    calls = list(dict.fromkeys(kind for row in rows for kind in row["calls"]))
+    found: Rows = [("method", "r %", *(f"{kind} call, TFLOP" for kind in calls), "of all", "ratio", "peak, MB")]
+    for row in rows:
+        cells = [f"{row['calls'][kind] / 1e12:.3f}" if kind in row["calls"] else "" for kind in calls]
+        share = row["total"] / rows[0]["total"]
+        end = (f"{share:.1%}", f"{1 / share:.2f}x", f"{row['peak_mb']:,.0f}")
+        found.append((row["method"], percent(row["ratio"]), *cells, *end))
+    return found
 
 
 def quality_rows(result: dict[str, Any]) -> Rows:
@@ -64,14 +59,6 @@ def quality_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def with_error(metrics: dict[str, float], name: str) -> str:
-    if name not in metrics:
-        return ""
-    if name + ERROR in metrics:
-        return f"{metrics[name]:.1f} ± {metrics[name + ERROR]:.1f}"
-    return f"{metrics[name]:.4g}"
-
-
 def profile_rows(result: dict[str, Any]) -> Rows:
     kinds = list(dict.fromkeys(kind for shares in result["profile"].values() for kind in shares if kind != "seconds"))
     rows: Rows = [("method", *kinds)]
@@ -80,20 +67,33 @@ def profile_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def speedup(latency: dict[str, Any], method: str, steps: int) -> float | None:
-    """That of a schedule of ``steps`` steps, put together from the calls that were timed: median over the rounds.
+def rows_of(result: dict[str, Any]) -> Rows:
+    return {"latency": latency_rows, "operations": operations_rows, "quality": quality_rows}[result["kind"]](result)
 
-    A method that was not timed has the calls of one that was, if they only come more or less often; or else None.
-    """
-    rounds = {row["method"]: row["rounds"] for row in latency["rows"] if row["method"] in METHODS}
-    calls = Calls(METHODS[method], steps)
-    alike = (name for name in rounds if Calls(METHODS[name], steps).alike == calls.alike)
-    timed = method if method in rounds else next(alike, None)
-    if timed is None:
-        return None
-    seconds, base = calls.schedule, Calls(METHODS["unpatched"], steps).schedule
-    pairs = zip(rounds["unpatched"], rounds[timed], strict=True)
-    return statistics.median(base(plain["calls"]) / seconds(own["calls"]) for plain, own in pairs)
+
+def percent(ratio: float | None) -> str:
+    return f"{100 * ratio:.0f}" if ratio else ""
+
+
+def short(seconds: float) -> str:
+    """Seconds that are many without a fraction of use, and few with three digits."""
+    return f"{seconds:.1f}" if seconds >= 100 else f"{seconds:.3g}" if seconds < 1 else f"{seconds:.2f}"
+
+
+def with_error(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return ""
+    if name + ERROR in metrics:
+        return f"{metrics[name]:.1f} ± {metrics[name + ERROR]:.1f}"
+    return f"{metrics[name]:.1f}" if name.startswith("PSNR") else f"{metrics[name]:.4g}"
+
+
+def speedups(latency: dict[str, Any], steps: int) -> dict[str, float]:
+    """By method, in trajectories of ``steps`` steps; none where these were not measured."""
+    if str(steps) in latency.get("speedups", {}):  # results of single calls have them for several
+        return latency["speedups"][str(steps)]
+    rows = latency["rows"] if latency["settings"]["steps"] == steps else []
+    return {row["method"]: row["speedup"] for row in rows if row["mode"] == rows[0]["mode"]}
 
 
 def title(result: dict[str, Any]) -> str:
@@ -102,10 +102,11 @@ def title(result: dict[str, Any]) -> str:
     if result["kind"] == "operations":
         return f"{settings['model']}, {settings['size']} px, one sample, {settings['steps']} steps, operations"
     if result["kind"] == "latency":
-        compiled = ", compiled" * settings["compile"] + ", whole pipeline" * settings.get("pipeline", False)
+        modes = "".join(f", {mode}" for mode in settings["modes"] if settings["modes"] != ["eager"])
         case = f"{settings['model']}, {settings['size']} px, {settings['dtype']}, batch {settings['batch']}"
-        return f"{case}{compiled}, {where}"
-    return f"{settings['model']}, {settings['images']} images, {settings['steps']} steps, {where}"
+        return f"{case}{modes.replace('compile', 'compiled')}, {where}"
+    scheduler = f"{settings['scheduler']}, " if settings.get("scheduler") else ""
+    return f"{settings['model']}, {settings['images']} images, {scheduler}{settings['steps']} steps, {where}"
 
 
 def print_table(result: dict[str, Any], rows: Rows) -> None:

@@ -114,7 +114,7 @@ def main() -> None:
     folder = DOCS / "pictures"
     folder.mkdir(exist_ok=True)
     token_grid(folder / "token_grid.png")
-    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "demo_model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "demo_model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     unpatched = draw(pipe)
     for parameter, settings in PARAMETERS.items():

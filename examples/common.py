@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -28,9 +29,15 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """As an argument of `from_pretrained`, for which diffusers before 0.40 has another name."""
+    release = tuple(map(int, diffusers.__version__.split(".")[:2]))
+    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
+
+
 def load(pipeline: Any, args: argparse.Namespace, **components: Any) -> Any:
     """The pipeline of ``--model``, on the fastest device there is."""
-    return pipeline.from_pretrained(args.model, torch_dtype=DTYPE, **components).to(DEVICE)
+    return pipeline.from_pretrained(args.model, **precision(DTYPE), **components).to(DEVICE)
 
 
 def call(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def small_sdxl() -> StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=64 + 6 * 16,
     )
     return StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(demo, subfolder="vae", torch_dtype=torch.float32),
+        vae=AutoencoderKL.from_pretrained(demo, subfolder="vae"),
         text_encoder=CLIPTextModel(text),
         text_encoder_2=CLIPTextModelWithProjection(text),
         tokenizer=tokenizer,

@@ -7,7 +7,7 @@ Without ``--controlnet`` it takes an untrained one, made from the model's own UN
         --controlnet lllyasviel/sd-controlnet-canny --image edges.png --prompt "a castle"
 """
 
-from common import DTYPE, EXAMPLES, arguments, call, load, save
+from common import DTYPE, EXAMPLES, arguments, call, load, precision, save
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from diffusers.utils import load_image
 
@@ -18,9 +18,9 @@ parser.add_argument("--controlnet", help="model id or folder")
 parser.add_argument("--image", default=str(EXAMPLES / "images" / "apple.png"), help="file or address")
 args = parser.parse_args()
 if args.controlnet:
-    controlnet = ControlNetModel.from_pretrained(args.controlnet, torch_dtype=DTYPE)
+    controlnet = ControlNetModel.from_pretrained(args.controlnet, **precision(DTYPE))
 else:
-    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", torch_dtype=DTYPE)
+    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", **precision(DTYPE))
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32)).to(DTYPE)
 pipe = load(StableDiffusionControlNetPipeline, args, controlnet=controlnet)
 

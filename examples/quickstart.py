@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import precision
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import agentsd
-from agentsd.reuse import interval_of, is_whole
+from agentsd.schedule import full_calls
 
 SCHEDULE = 50  # steps of the preset's schedule
 DEMO_MODEL = Path(__file__).with_name("demo_model")
@@ -119,10 +120,8 @@ def time_real_size(ratio: float, device: str, seconds: float = 45.0) -> None:
     sample, text = (torch.randn(1, *shape).to(like) for shape in ((4, 64, 64), (77, 768)))
     variants = {"unpatched": None, "agent step": {"agent_steps": 1.0}, "merging step": {"agent_steps": 0.0}}
     variants["preset"] = {"preset": "fast"}
-    preset = agentsd.PRESETS["fast"]
-    interval = interval_of(preset["cache_interval"], SCHEDULE)
-    kinds = [is_whole(i, interval, preset["cache_order"], SCHEDULE - 1 - i) for i in range(SCHEDULE)]
-    times: dict[str, list[float]] = {name: [] for name in [*variants, "preset, cheap"]}
+    full_ones = full_calls(SCHEDULE, agentsd.Settings(**agentsd.PRESETS["fast"]))
+    times: dict[str, list[float]] = {name: [] for name in [*variants, "preset, cached"]}
     began = time.perf_counter()
 
     def call(name: str, timestep: int) -> None:
@@ -138,11 +137,11 @@ def time_real_size(ratio: float, device: str, seconds: float = 45.0) -> None:
                     agentsd.apply_patch(unet, **({"ratio": ratio} if "preset" not in settings else {}), **settings)
                 call(name, 500)
                 if name == "preset":  # go on to the first step that takes the deep features of those before
-                    for i in range(1, kinds.index(False) + 1):
-                        call("preset" if kinds[i] else "preset, cheap", 500 - i)
+                    for i in range(1, full_ones.index(False) + 1):
+                        call("preset" if full_ones[i] else "preset, cached", 500 - i)
                 agentsd.remove_patch(unet)
-    plain, agent, merging, whole, cheap = (statistics.median(t[1:]) for t in times.values())  # the first warms up
-    fast = (kinds.count(True) * whole + kinds.count(False) * cheap) / len(kinds)
+    plain, agent, merging, full, cached = (statistics.median(t[1:]) for t in times.values())  # the first warms up
+    fast = (full_ones.count(True) * full + full_ones.count(False) * cached) / SCHEDULE
     print(
         f"\nStable Diffusion 1.5's UNet, random weights, 512x512, batch 1, {str(unet.dtype)[6:]}, {device}, ratio "
         f"{ratio:g}, against fused attention:\n"
@@ -159,7 +158,7 @@ def main() -> None:
     args.prompt = args.prompt or DEMO_PROMPTS
     try:
         dtype = torch.float32 if args.device == "cpu" else torch.float16
-        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(args.device)
+        pipe = DiffusionPipeline.from_pretrained(args.model, **precision(dtype)).to(args.device)
         with agentsd.patched(pipe, ratio=args.ratio):
             generate(pipe, args, "warm-up", steps=1)
     except (OSError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Together with DeepCache, which skips deep layers where agentsd makes the others cheap.
+"""Together with DeepCache, which skips deep layers while agentsd makes the others cheaper.
 
 agentsd has feature reuse of its own, which needs no second package: ``apply_patch(pipe, cache_interval=3)``.
 
@@ -13,7 +13,7 @@ from diffusers import AutoPipelineForText2Image
 import agentsd
 
 parser = arguments(__doc__)
-parser.add_argument("--interval", type=int, default=3, help="one whole UNet call in so many (default: 3)")
+parser.add_argument("--interval", type=int, default=3, help="one full UNet call in so many (default: 3)")
 args = parser.parse_args()
 pipe = load(AutoPipelineForText2Image, args)
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import io
+import os
+import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,21 +126,65 @@ def unet_inputs(kind: str = "sd15", batch: int = 2, height: int = 16, width: int
     return inputs
 
 
+def sweep(often, rarely) -> list:
+    """Values of a parameter: those of ``rarely`` are left to the long tests, with whatever they are combined."""
+    return [*often, *(pytest.param(value, marks=pytest.mark.long) for value in rarely)]
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """The whole suite is shared among up to four processes; files that are named run in this one, without delay."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return 0 if named or config.option.collectonly else min(os.cpu_count() or 1, 4)
+
+
+def pytest_configure() -> None:
+    """Each of several workers keeps to one core, and so do the processes that it starts."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(params=list(UNETS))
 def kind(request) -> str:
     return request.param
 
 
 @pytest.fixture(autouse=True)
-def small_layers_are_patched(monkeypatch):
-    """The tests' models have fewer tokens than layers that are patched by default."""
-    monkeypatch.setitem(agentsd.apply_patch.__wrapped__.__kwdefaults__, "min_tokens", 0)
+def small_layers_are_patched(request, monkeypatch):
+    """The tests' models have fewer tokens than layers that are patched by default; those of scripts have not."""
+    if "run_script" in request.fixturenames:
+        return
+    for name in ("apply_patch", "patched"):
+        function = getattr(agentsd, name)
+        monkeypatch.setattr(agentsd, name, functools.wraps(function)(functools.partial(function, min_tokens=0)))
 
 
 @pytest.fixture(autouse=True)
 def no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """A function that runs a script with its arguments as ``python`` does, but in this process: imports take longest.
+
+    It returns what `subprocess.run` returns; an exception of the script's is one of the test's.
+    """
+
+    def run(path: Path, *arguments: object) -> subprocess.CompletedProcess:
+        words, out, err, code = [str(path), *map(str, arguments)], io.StringIO(), io.StringIO(), 0
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setattr(sys, "argv", words)
+            patch.syspath_prepend(path.parent)
+            try:
+                with torch.enable_grad():  # which it is not up to a test to turn off for it
+                    runpy.run_path(str(path), run_name="__main__")
+            except SystemExit as exit:
+                code = exit.code or 0
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+    return run
 
 
 @pytest.fixture

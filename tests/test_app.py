@@ -25,7 +25,7 @@ GIVEN = {"prompt": PROMPT, "ratio": 0.4, "agent_steps": 0.4, "steps": 2, "guidan
 def comparison():
     from app import Comparison  # noqa: PLC0415
 
-    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "demo_model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(EXAMPLES / "demo_model").to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return Comparison(pipe)
 
@@ -59,13 +59,16 @@ def address():
         port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / "app.py"), "--port", str(port), "--steps", "3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for _ in range(240):
+        for _ in range(600):  # five minutes: beside other tests it takes a while
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}").close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=10).close()
                 break
             except OSError:
                 assert process.poll() is None, process.stdout.read()
                 time.sleep(0.5)
+        else:
+            process.terminate()
+            pytest.fail(f"the page does not come up: {process.stdout.read()}")
         yield f"http://127.0.0.1:{port}"
         process.terminate()
 

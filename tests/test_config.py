@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agentsd
-from agentsd.config import Counts, Phase, Settings
+from agentsd.schedule import Counts, Phase
+from agentsd.settings import Settings
 
 WRONG_VALUES = [
     ({"ratio": -0.1}, "0 <= ratio < 1"),
@@ -29,16 +30,15 @@ WRONG_VALUES = [
     ({"max_downsample": 3}, "1, 2, 4, 8 or None"),
     ({"cache_cell": 0, "cache_interval": 2}, "1 .* or more"),
     ({"cache_interval": 0.0}, "above 0 and at most 0.5"),
-    ({"cache_interval": 2.5}, "1 .all calls are whole., 2, 3"),
+    ({"cache_interval": 2.5}, "1 .all calls are full., 2, 3"),
     ({"cache_interval": 0.6}, "a share of the trajectory, above 0 and at most 0.5"),
     ({"cache_interval": -1.0}, "above 0 and at most 0.5"),
-    ({"cache_cell": 2}, "1, since with cache_interval=1 no call is cheap: give another"),
+    ({"cache_cell": 2}, "1, since with cache_interval=1 no call is cached: give another"),
     ({"seed": -1}, "0 <= seed"),
     ({"seed": 2**64}, "0 <= seed"),
 ]
 WRONG_TYPES = [
     {"ratio": "0.4"},
-    {"ratio": None},
     {"ratio": True},
     {"ratio": 0.4j},
     {"sx": 2.0},

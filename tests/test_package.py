@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, image, make_pipeline
 
 import agentsd
 
@@ -26,7 +27,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_package_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"agentsd/{path.name}" for path in (ROOT / "agentsd").glob("*.py")} | {"agentsd/py.typed"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "agentsd").rglob("*.py")} | {"agentsd/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert wheel.name == f"agentsd-{agentsd.__version__}-py3-none-any.whl"
 
@@ -50,6 +51,26 @@ def test_importing_it_loads_nothing_that_diffusers_pipelines_do_not():
     before = "import diffusers, sys; from diffusers import StableDiffusionPipeline; known = set(sys.modules);"
     after = "import agentsd; print(*sorted({m.split('.')[0] for m in set(sys.modules) - known}))"
     assert python("-W", "ignore", "-c", before + after).split() == ["agentsd"]
+
+
+def test_importing_it_warns_of_nothing():
+    code = "import warnings; from diffusers import StableDiffusionPipeline\n"
+    code += "with warnings.catch_warnings(record=True) as said:\n"
+    code += "    warnings.simplefilter('always'); import agentsd\nprint([str(w.message) for w in said])"
+    assert python("-c", code) == "[]\n"
+
+
+@pytest.mark.parametrize("preset", [None, *agentsd.PRESETS])
+def test_a_plain_image_warns_of_nothing(preset):
+    """Neither `apply_patch`, nor the image, the report and the removal."""
+    pipe = make_pipeline()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        agentsd.apply_patch(pipe, preset=preset)
+        image(pipe, steps=10)
+        print(agentsd.report(pipe))
+        agentsd.remove_patch(pipe)
+    assert [str(w.message) for w in said if "agentsd" in f"{w.message} {w.filename.removeprefix(str(ROOT))}"] == []
 
 
 def test_the_version_is_the_same_everywhere():

@@ -11,9 +11,10 @@ from safetensors import safe_open
 
 import agentsd
 from agentsd.block import PatchedBlock
-from agentsd.config import Settings
+from agentsd.hosts import Site
 from agentsd.matching import partition
-from agentsd.sites import Site
+from agentsd.planner import BlockPlan, Call, Now
+from agentsd.settings import Settings
 
 DATA = Path(__file__).parent / "data"
 BLOCKS = json.loads((DATA / "parity.json").read_text())
@@ -53,11 +54,11 @@ def test_block(name):
 
     settings = Settings(**ours(case["kwargs"]), min_tokens=0)
     (phase,) = settings.phases
-    patched = PatchedBlock(Site("block", 0), settings)
-    patched.attach(block)
+    now = Now()
+    PatchedBlock(0, Site("block", 0), settings, now, set()).attach(block)
     generator = torch.Generator().manual_seed(case["seed"]) if case["seed"] is not None else None
-    patched.counts = phase.counts(case["height"], case["width"])
-    patched.partition = partition(case["height"], case["width"], phase.sy, phase.sx, generator)
+    size = case["height"], case["width"]
+    now.call = Call(blocks={0: BlockPlan(phase.counts(*size), partition(*size, phase.sy, phase.sx, generator))})
     out = block(tensors["x"], encoder_hidden_states=tensors["context"])
     torch.testing.assert_close(out, tensors["out"], atol=1e-5, rtol=0)
 

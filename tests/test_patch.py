@@ -190,8 +190,11 @@ def test_the_users_generator_is_left_alone():
 
 def partitions(unet, timestep) -> list[torch.Tensor]:
     """The draws of all patched blocks in one call."""
-    unet(**unet_inputs(timestep=timestep))
-    return [block.partition.order.clone() for block in unet._agentsd_patch.blocks]
+    drawn, patch = [], unet._agentsd_patch
+    look = lambda *_: drawn.extend(plan.partition.order for plan in patch._now.call.blocks.values())
+    with unet.conv_in.register_forward_hook(look):
+        unet(**unet_inputs(timestep=timestep))
+    return drawn
 
 
 def test_draws_differ_between_steps_and_blocks():
@@ -306,17 +309,19 @@ def test_any_size_and_batch(kind, size, batch):
 
 
 def test_an_attention_mask_is_obeyed_unmerged():
-    unet, inputs = make_unet(), unet_inputs()
-    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    x, mask = torch.randn(2, 256, 16), torch.zeros(2, 1, 256)
+    """The first layer of a patched call gives what it gives unpatched, and a warning says so."""
+    unet, inputs, seen = make_unet(), unet_inputs(), []
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    mask = torch.zeros(2, 1, 256)
     mask[..., 100:] = -10_000
-    context = inputs["encoder_hidden_states"]
-    expected = block(x, attention_mask=mask, encoder_hidden_states=context)
-    agentsd.apply_patch(unet)
+    masked = lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
+    attn.register_forward_pre_hook(masked, with_kwargs=True)
+    attn.register_forward_hook(lambda *call: seen.append(call[-1]))
     unet(**inputs)
+    agentsd.apply_patch(unet)
     with pytest.warns(UserWarning, match="runs unpatched: its attention_mask"):
-        out = block(x, attention_mask=mask, encoder_hidden_states=context)
-    assert torch.equal(out, expected)
+        unet(**inputs)
+    assert torch.equal(*seen)
 
 
 def test_the_users_processors_stay_theirs():

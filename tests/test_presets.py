@@ -4,7 +4,7 @@ import pytest
 from conftest import make_unet
 
 import agentsd
-from agentsd.config import Settings
+from agentsd.settings import Settings
 
 
 def settings_of(**arguments) -> Settings:

@@ -17,15 +17,11 @@ DEMO_MODEL = ROOT / "examples" / "demo_model"
 EXAMPLES = ROOT / "examples"
 
 
-def quickstart(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--no-real-size", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_quickstart(tmp_path):
     picture = tmp_path / "out.png"
     prompts = ["red apple on a blue background", "cat on a pink background"]
-    result = quickstart("--steps", "3", "--prompt", *prompts, "--out", str(picture))
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--no-real-size", "--steps", "3", "--prompt", *prompts]
+    result = subprocess.run([*command, "--out", str(picture)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for words in ("2 images of 128x128, 3 steps", "speed-up", "PSNR to unpatched", "transformer blocks patched"):
         assert words in result.stdout
@@ -45,8 +41,8 @@ def test_quickstart(tmp_path):
         (["--steps", "0"], "--steps"),
     ],
 )
-def test_wrong_arguments_are_said_in_one_line(arguments, message):
-    result = quickstart(*arguments)
+def test_wrong_arguments_are_said_in_one_line(run_script, arguments, message):
+    result = run_script(EXAMPLES / "quickstart.py", "--no-real-size", *arguments)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
@@ -54,7 +50,7 @@ def test_wrong_arguments_are_said_in_one_line(arguments, message):
 
 @pytest.fixture(scope="module")
 def demo() -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -95,7 +91,7 @@ def test_guidance_steers_the_demo_model(demo):
 
 
 def test_the_preset_is_timed_by_its_own_calls(monkeypatch, capsys):
-    """A call that is booked as cheap is one: of a round's six calls the last alone leaves the middle out."""
+    """A call that is booked as cached is one: of a round's six calls the last alone leaves the middle out."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import quickstart  # noqa: PLC0415
 

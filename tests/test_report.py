@@ -8,7 +8,6 @@ from conftest import make_unet, unet_inputs
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import agentsd
-from agentsd.report import attention_cost
 
 
 def test_an_unpatched_model():
@@ -58,8 +57,8 @@ def test_data():
 
 def test_cost_is_that_of_the_products():
     phases = agentsd.report(agentsd.apply_patch(make_unet())).patched[0].phases
-    assert attention_cost(phases["merge"]) == 154**2 / 256**2
-    assert attention_cost(phases["agent"]) == 2 * 154 * 16 / 256**2
+    assert phases["merge"].attention_cost == 154**2 / 256**2
+    assert phases["agent"].attention_cost == 2 * 154 * 16 / 256**2
 
 
 def test_it_says_what_is_not_merged():

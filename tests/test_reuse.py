@@ -1,18 +1,21 @@
 """Feature reuse: which calls are whole, what a cheap call computes, and that nothing leaks between images."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import image, make_img2img, make_pipeline, make_scheduler, make_unet, unet_inputs
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import agentsd
-from agentsd.reuse import Lane, Reuse, interval_of, is_whole
-from agentsd.skip import skipped_modules
+from agentsd.features import Lane
+from agentsd.hosts import UNet
+from agentsd.schedule import full_calls, interval_of
 
 ONLY_REUSE = {"ratio": 0, "cache_interval": 3}
 
 
-def whole_calls(unet) -> list[bool]:
+def calls_made(unet) -> list[bool]:
     """Fills up, call by call, with whether the middle of ``unet`` ran."""
     calls: list[bool] = []
     unet.register_forward_pre_hook(lambda *_: calls.append(False))
@@ -24,7 +27,7 @@ def whole_calls(unet) -> list[bool]:
 def test_every_third_call_is_whole_and_every_image_starts_with_one(kind, order, whole):
     """Extrapolation takes two whole calls, and the second comes as soon as it can."""
     pipe = agentsd.apply_patch(make_pipeline(kind), **ONLY_REUSE, cache_order=order)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     first = image(pipe, steps=8)
     assert {call for call, ran in enumerate(calls) if ran} == whole
     assert torch.equal(image(pipe, steps=8), first)
@@ -32,10 +35,10 @@ def test_every_third_call_is_whole_and_every_image_starts_with_one(kind, order, 
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
-def test_whole_calls_are_counted_back_from_the_last_but_one(scheduler):
+def test_calls_made_are_counted_back_from_the_last_but_one(scheduler):
     """Where features are extrapolated, whatever the number of steps, and as many as intervals ask for."""
     pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), **ONLY_REUSE, cache_order=1)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     for steps in (7, 8, 9, 10):
         calls.clear()
         image(pipe, steps=steps)
@@ -47,7 +50,7 @@ def test_whole_calls_are_counted_back_from_the_last_but_one(scheduler):
 def test_an_interval_below_1_is_a_share_of_the_trajectory(steps):
     """The same calls are whole as at the interval in calls that it comes to: about as many in any number of steps."""
     pipe = make_pipeline()
-    share, calls = 0.125, whole_calls(pipe.unet)
+    share, calls = 0.125, calls_made(pipe.unet)
     interval = interval_of(share, steps)
     assert interval == max(2, round(share * steps + 1e-9))
     for given in (share, interval):
@@ -61,7 +64,7 @@ def test_an_interval_below_1_is_a_share_of_the_trajectory(steps):
 def test_a_share_is_one_of_calls_where_there_are_more_of_them_than_steps(scheduler):
     """Of those of the present image, whatever number of steps the last one had."""
     pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), 0, cache_interval=0.25)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     for steps in (6, 12, 6):
         calls.clear()
         image(pipe, steps=steps)
@@ -72,25 +75,25 @@ def test_a_share_is_one_of_calls_where_there_are_more_of_them_than_steps(schedul
 def test_a_share_is_one_of_the_whole_schedule_where_img2img_starts_in_the_middle():
     """What reuse costs goes by how much noise lies between whole calls: as much as in a whole trajectory."""
     pipe = agentsd.apply_patch(make_img2img(), 0, cache_interval=0.25)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     image(pipe, steps=20, image=torch.zeros(1, 3, 16, 16), strength=0.5)
     assert calls == [i % 5 == 0 for i in range(10)]
 
 
 def test_a_share_without_a_scheduler_is_that_of_a_usual_trajectory():
     unet = agentsd.apply_patch(make_unet(), 0, cache_interval=0.2)
-    calls = whole_calls(unet)
+    calls = calls_made(unet)
     for timestep in range(999, 900, -9):
         unet(**{**unet_inputs(), "timestep": timestep})
     assert [call for call, ran in enumerate(calls) if ran] == [0, 5, 10]
-    assert "one in 4 where there are 20, one in 10 where there are 50" in str(agentsd.report(unet))
+    assert str(agentsd.report(unet)).startswith("agentsd: 5 of 50 calls are full; a cached call runs ")
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
 def test_a_share_of_a_schedule_that_was_never_set_is_that_of_a_usual_trajectory(scheduler):
     """A loop with a scheduler of its own: the pipeline's still holds every training timestep."""
     pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), 0, cache_interval=0.2)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     for timestep in range(999, 0, -20):
         pipe.unet(**{**unet_inputs(), "timestep": timestep})
     assert [call for call, ran in enumerate(calls) if ran] == list(range(0, 50, 5))
@@ -99,14 +102,14 @@ def test_a_share_of_a_schedule_that_was_never_set_is_that_of_a_usual_trajectory(
 def test_timesteps_of_one_s_own_are_a_schedule_that_was_set():
     """DDPM leaves its number of steps unset for these."""
     pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(DDPMScheduler)), 0, cache_interval=0.25)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     image(pipe, timesteps=list(range(950, 0, -50)))
     assert calls == [i % 5 == 0 for i in range(19)]
 
 
 def test_img2img_counts_back_from_the_same_call():
     pipe = agentsd.apply_patch(make_img2img(), **ONLY_REUSE, cache_order=1)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     image(pipe, steps=20, image=torch.zeros(1, 3, 16, 16), strength=0.5)
     assert [call for call, ran in enumerate(calls) if ran] == [0, 1, 2, 5, 8]
 
@@ -128,7 +131,7 @@ def test_a_cheap_call_at_the_same_point_equals_the_whole_one(kind, branch):
     unet, inputs = make_unet(kind), unet_inputs(kind)
     expected = unet(**inputs).sample
     agentsd.apply_patch(unet, 0, cache_interval=2, cache_branch=branch)
-    calls = whole_calls(unet)
+    calls = calls_made(unet)
     assert torch.equal(unet(**inputs).sample, expected)
     nearby = {**inputs, "timestep": inputs["timestep"] - 1e-6}
     torch.testing.assert_close(unet(**nearby).sample, expected)
@@ -137,7 +140,8 @@ def test_a_cheap_call_at_the_same_point_equals_the_whole_one(kind, branch):
 
 def test_cheap_calls_run_what_the_branch_says():
     unet = make_unet(layers_per_block=2)
-    names = [set(skipped_modules(unet, branch)) for branch in range(5)]
+    middles = [UNet().middle(unet, branch) for branch in range(5)]
+    names = [{*middle.unread, middle.last} for middle in middles]
     assert "down_blocks.0" in names[0] and "up_blocks.1.attentions.1" in names[0]
     assert "down_blocks.0.attentions.0" not in names[1] and "down_blocks.0.attentions.1" in names[1]
     assert "up_blocks.1.attentions.0" in names[1] and "up_blocks.1.attentions.1" not in names[1]
@@ -150,7 +154,7 @@ def test_cheap_calls_run_what_the_branch_says():
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
 def test_schedulers_with_more_calls_than_steps(scheduler):
     pipe = agentsd.apply_patch(make_pipeline(scheduler=make_scheduler(scheduler)), **ONLY_REUSE)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     assert image(pipe, steps=6).isfinite().all()
     assert calls == [i % 3 == 0 for i in range(len(calls))]
 
@@ -171,15 +175,15 @@ def test_guidance_in_two_calls_keeps_two_lanes():
 def test_a_step_of_fewer_calls_than_the_last_mixes_up_no_prompts_after_it():
     """Guidance in two calls that is switched off: the first of the two has been somebody else's."""
     unet = agentsd.apply_patch(make_unet(), 0, cache_interval=10)
-    calls = whole_calls(unet)
+    calls = calls_made(unet)
     for timestep in (900, 900, 800, 800, 700, 600, 500):
         unet(**{**unet_inputs(), "timestep": timestep})
-    assert calls == [True, True, False, False, False, True, False]
+    assert calls == [True, True, True, True, False, True, False]
 
 
 def test_img2img_starts_in_the_middle():
     pipe = agentsd.apply_patch(make_img2img(), **ONLY_REUSE)
-    calls = whole_calls(pipe.unet)
+    calls = calls_made(pipe.unet)
     image(pipe, steps=10, image=torch.zeros(1, 3, 16, 16), strength=0.5)
     assert calls == [True, False, False, True, False]
 
@@ -198,14 +202,14 @@ def test_an_interrupted_image_leaves_nothing_to_the_next():
 
 def test_a_change_of_size_starts_anew():
     unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
-    calls = whole_calls(unet)
+    calls = calls_made(unet)
     for size, timestep in ((16, 900), (16, 800), (24, 700), (24, 600)):
         assert unet(**unet_inputs(height=size, width=size, timestep=timestep)).sample.shape[-1] == size
     assert calls == [True, False, True, False]
 
 
 @pytest.mark.parametrize("whole", [{"ratio": 0}, {"ratio": 0.4}, {"sample_kv": True, "agent_sx": 2}])
-def test_with_a_cell_cheap_calls_sample_and_whole_calls_do_what_they_did(kind, whole):
+def test_with_a_cell_cheap_calls_sample_and_calls_made_do_what_they_did(kind, whole):
     """A whole call is bit-equal to one without the cell; a cheap one has fewer keys where it runs attention at all."""
     unet, keys = make_unet(kind), []
     inputs = [unet_inputs(kind, timestep=t) for t in (900, 800)]
@@ -232,17 +236,18 @@ def test_a_cell_needs_a_processor_that_can_sample_and_the_report_says_so():
     without = [unet(**x).sample for x in inputs]
     agentsd.apply_patch(unet, ratio=0, cache_interval=2, cache_cell=2)
     assert all(torch.equal(unet(**x).sample, expected) for x, expected in zip(inputs, without, strict=True))
-    assert "FusedAttnProcessor2_0 cannot sample keys and values in cheap calls" in str(agentsd.report(unet))
+    assert "FusedAttnProcessor2_0 cannot sample keys and values in cached calls" in str(agentsd.report(unet))
 
 
 def test_the_report_tells_of_the_cell():
     report = str(agentsd.report(agentsd.apply_patch(make_unet(), preset="balanced")))
     # the others are skipped in cheap calls, and left alone in whole ones
     assert "1 of 4 transformer blocks patched" in report
-    assert "one key of each 2x2, cheap calls" in report and "64 keys and values (attention costs 25%)" in report
-    assert "unchanged    skipped" in report
+    assert "one key of each 2x2, cached calls" in report and "64 keys and values (attention costs 25%)" in report
+    assert "unchanged   skipped" in report
     sdxl = str(agentsd.report(agentsd.apply_patch(make_unet("sdxl"), preset="balanced")))
-    assert "0 of" in sdxl and "cache_cell changes nothing" in sdxl
+    assert sdxl.startswith("agentsd: 10 of 50 calls are full; a cached call runs ")
+    assert "attention is left as it is" in sdxl and "cache_cell changes nothing" in sdxl
 
 
 def test_freeu_scales_no_feature_twice():
@@ -259,7 +264,7 @@ def test_without_a_pipeline_images_of_one_step_leave_a_bounded_trace():
     unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
     for _ in range(20):
         unet(**unet_inputs(timestep=999))
-    assert len(unet._agentsd_patch.reuse.lanes) <= 4
+    assert sum(len(track.lanes) for track in unet._agentsd_patch._now.tracks) <= 4
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -290,7 +295,7 @@ def test_what_cannot_be_reused_changes_nothing():
 
 def test_recorded_gradients_are_whole():
     unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
-    calls = whole_calls(unet)
+    calls = calls_made(unet)
     with torch.enable_grad():
         for timestep in (900, 800):
             unet(**unet_inputs(timestep=timestep)).sample.sum().backward()
@@ -310,7 +315,7 @@ def test_a_line_is_extrapolated_exactly_but_none_is_drawn_from_the_first_call():
     lane, at = Lane(order=1), lambda call: torch.tensor([1.0, 2.0]) * call
     for call in range(12):
         lane.begin()
-        if is_whole(call, 3, lane.order):
+        if call < 2 or call % 3 == 0:
             lane.remember(at(call))
         else:
             torch.testing.assert_close(lane.estimate(), at(call if call > 2 else 1))
@@ -327,17 +332,17 @@ def test_no_line_is_followed_further_than_it_is_long():
         torch.testing.assert_close(lane.estimate(), torch.tensor([float(expected)]))
 
 
-def test_what_an_interrupted_whole_call_lacks_is_made_up_for():
-    """Calls go on after a whole one failed: features get no older than the interval allows."""
-    reuse = Reuse(interval=3, branch=0, order=0)
-    cheap = []
-    for call in range(9):
-        reuse.before_call("image", call)
-        cheap.append(reuse.cheap)
-        if call != 3:  # this one raises before it has features
-            reuse.features = reuse.features if reuse.cheap else torch.zeros(1)
-        reuse.after_call()
-    assert cheap == [False, True, True, False, False, True, False, True, True]
+def test_what_an_interrupted_full_call_lacks_is_made_up_for():
+    """Calls go on after a full one failed: features get no older than the interval allows."""
+    unet = agentsd.apply_patch(make_unet(), **ONLY_REUSE)
+    calls, inputs = calls_made(unet), unet_inputs()
+    for call, timestep in enumerate(range(900, 0, -100)):
+        handle = unet.time_proj.register_forward_hook(lambda *_: 1 / 0) if call == 3 else None
+        try:
+            unet(**{**inputs, "timestep": timestep})
+        except ZeroDivisionError:
+            handle.remove()
+    assert calls == [True, False, False, False, True, False, True, False, False]
 
 
 def test_memory_is_stated():
@@ -350,11 +355,27 @@ def test_memory_is_stated():
 
 
 def test_the_interval_counts_each_lane_alone():
-    reuse = Reuse(interval=2, branch=0, order=0)
-    cheap = []
-    for call in (0, 0, 1, 1, 2, 2):
-        reuse.before_call("image", call)
-        cheap.append(reuse.cheap)
-        reuse.features = reuse.features if reuse.cheap else torch.zeros(1)
-        reuse.after_call()
-    assert cheap == [False, False, True, True, False, False]
+    """A step of two calls, of different prompts, has two full calls or none."""
+    unet = agentsd.apply_patch(make_unet(), 0, cache_interval=2)
+    calls, prompts = (
+        calls_made(unet),
+        [unet_inputs(), {**unet_inputs(), "encoder_hidden_states": torch.ones(2, 5, 16)}],
+    )
+    for timestep in (900, 800, 700):
+        for inputs in prompts:
+            unet(**{**inputs, "timestep": timestep})
+    assert calls == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("calls", [5, 20, 25, 50, None])
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize("interval", [0.125, 2, 7])
+def test_full_calls(calls, begin, interval):
+    """The first is full, with extrapolation the second and the last but one, too; no more lie between than said."""
+    for order in (0, 1):
+        full = full_calls(calls, agentsd.Settings(cache_interval=interval, cache_order=order), begin)
+        made = full[begin:]
+        assert made[0] and (not order or made[1])
+        assert calls is None or (len(full) == calls and (not order or made[-2]))
+        places = [place for place, ran in enumerate(made) if ran]
+        assert all(b - a <= interval_of(interval, calls) for a, b in pairwise(places))

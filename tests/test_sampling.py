@@ -8,14 +8,15 @@ from conftest import image, make_pipeline, make_unet, unet_inputs
 from diffusers.models.attention_processor import Attention
 
 import agentsd
-from agentsd.config import Counts, Phase, Settings
-from agentsd.sites import find_sites
+from agentsd.hosts import UNet
+from agentsd.schedule import Counts, Phase
+from agentsd.settings import Settings
 
 SAMPLED = {"sample_kv": True, "sx": 2, "sy": 2, "agent_sx": 2, "agent_sy": 4}
 
 
 def first_attention(unet) -> Attention:
-    site = next(s for s in find_sites(unet) if s.name in {layer.name for layer in agentsd.report(unet).patched})
+    site = next(s for s in UNet().sites(unet) if s.name in {layer.name for layer in agentsd.report(unet).patched})
     return unet.get_submodule(site.name).attn1
 
 

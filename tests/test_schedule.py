@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 
 import agentsd
 from agentsd.processor import AgentAttnProcessor
-from agentsd.schedule import Moment, Trajectory
+from agentsd.schedule import Moment
+from agentsd.trajectory import Trajectory
 
 SCHEDULERS = {
     "DDIM": (diffusers.DDIMScheduler, {}),

@@ -6,8 +6,8 @@ from conftest import make_unet
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 import agentsd
+from agentsd.hosts import UNet
 from agentsd.processor import AgentAttnProcessor
-from agentsd.sites import find_sites, grids
 
 SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8}
 SD21 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
@@ -85,25 +85,25 @@ def test_grids_are_those_of_a_forward_pass(size, padding):
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     }
     unet = make_unet("sd15", downsample_padding=padding, **types)
-    sites, seen = find_sites(unet), {}
+    sites, seen = UNet().sites(unet), {}
     for site in sites:
         block = unet.get_submodule(site.name)
         block.register_forward_pre_hook(lambda m, args, name=site.name: seen.update({name: args[0].shape[1]}))
     if padding == 0 and size != (16, 16):
         size = (size[0] // 4 * 4, size[1] // 4 * 4)  # diffusers itself needs whole sizes there
     unet(torch.zeros(1, 4, *size), 1, torch.zeros(1, 5, 16))
-    level_grids = grids(unet, *size)
+    level_grids = UNet().grids(unet, *size)
     assert seen == {site.name: level_grids[site.level][0] * level_grids[site.level][1] for site in sites}
     assert [site.downsample for site in sites] == [1, 2, 4, 2, 2, 1, 1]
 
 
 def test_sites_without_self_attention_are_named():
     unet = make_unet("sd15", only_cross_attention=(True, False))
-    skipped = {site.name.split(".")[0]: site.skip for site in find_sites(unet)}
+    skipped = {site.name.split(".")[0]: site.skip for site in UNet().sites(unet)}
     assert skipped["down_blocks"] == "no self-attention"
 
 
 def test_control_nets_have_sites():
     unet = make_unet()
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8,))
-    assert [site.downsample for site in find_sites(controlnet)] == [1, 2]
+    assert [site.downsample for site in UNet().sites(controlnet)] == [1, 2]

@@ -12,9 +12,8 @@ Each stage holds its learning rate, then decays it to zero over the last part. R
 from __future__ import annotations
 
 import argparse
+import copy
 import time
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,31 +24,25 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.training_utils import EMAModel, compute_snr
-from diffusers.utils import make_image_grid
-from safetensors.torch import load_file, save_file
-from scenes import BACKGROUNDS, CANVAS, PLACES, SIZES, Scene, Scenes, to_tensor
+from diffusers.training_utils import compute_snr
+from scenes import CANVAS, Scenes
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tqdm import tqdm, trange
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tqdm import trange
+from training import (
+    MAX_TOKENS,
+    PREVIEW,
+    Data,
+    preview,
+    save,
+    spread_words,
+    text_encoder_config,
+    update_average,
+    write_checkpoint,
+)
+from transformers import CLIPTextModel, CLIPTokenizer
 
-MAX_TOKENS = 24
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SAMPLER = {"set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon", **BETAS}
-PREVIEW = [
-    "red apple on a blue background",
-    "small rocket on a yellow background, left",
-    "cat on a pink background",
-    "pizza on a white background, right, mirrored",
-    "small frog on a purple background, top",
-    "house on an orange background",
-    "hamburger on a gray background, bottom",
-    "blue heart on a yellow background",
-    "penguin on a white background",
-    "small rainbow on a green background, right",
-    "robot on a blue background",
-    "strawberry on a pink background, top",
-]
 
 
 def parse_args() -> argparse.Namespace:
@@ -95,22 +88,7 @@ def new_tokenizer(words: list[str], folder: Path) -> CLIPTokenizer:
 
 
 def new_models(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    # transformers' CLIP initialisation assumes pretraining at scale: its word vectors are too small to learn from here
-    torch.nn.init.normal_(text_encoder.get_input_embeddings().weight, std=0.5)
+    text_encoder = spread_words(CLIPTextModel(text_encoder_config(tokenizer, width=128, layers=3)))
     unet = UNet2DConditionModel(
         sample_size=CANVAS // 4,
         block_out_channels=(32, 96, 192),
@@ -122,41 +100,6 @@ def new_models(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
         norm_num_groups=16,
     )
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-
-
-@dataclass
-class Data:
-    """Scaled latents of every trained scene, (S, 4, h, w), and the token ids of its two captions and of no caption."""
-
-    latents: torch.Tensor
-    captions: torch.Tensor
-    names: torch.Tensor
-    empty: torch.Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def load(cls, args: argparse.Namespace, scenes: Scenes, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Data:
-        places = PLACES if args.canvas == CANVAS else ("",)
-        every = [Scene(*x) for x in product(scenes.things, BACKGROUNDS, places, SIZES, (False, True))]
-        trained = [scene for scene in every if not scene.held_out]
-        cache = args.vae / f"latents{args.canvas}.pt"
-        if not cache.exists():
-            chunks = []
-            for i in tqdm(range(0, len(trained), 64), "latents", mininterval=10):
-                images = to_tensor([scenes.render(scene, args.canvas) for scene in trained[i : i + 64]])
-                chunks.append(vae.encode(images).latent_dist.mode().mul(vae.config.scaling_factor).half())
-            torch.save(torch.cat(chunks), cache)
-        ids = lambda texts: tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-        captions, names = ids([s.caption for s in trained]), ids([s.thing for s in trained])
-        return cls(torch.load(cache), captions, names, ids([""]))
-
-    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """A quarter mirrored; a tenth without a caption, for guidance, and a tenth with the thing's name alone."""
-        mirrored = torch.rand(size, generator=generator) < 0.25
-        picked = 2 * torch.randint(len(self.latents) // 2, (size,), generator=generator) + mirrored
-        kind = torch.rand(size, 1, generator=generator)
-        ids = torch.where(kind < 0.8, self.captions[picked], self.names[picked])
-        return self.latents[picked].float(), torch.where(kind < 0.9, ids, self.empty)
 
 
 def diffusion_loss(nets, scheduler, latents, ids, generator) -> torch.Tensor:
@@ -192,23 +135,6 @@ def pipeline(nets, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffus
     return pipe
 
 
-def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """As diffusers does it, and such that transformers 4 finds the words and the text encoder's weights, too."""
-    pipe.save_pretrained(folder)
-    pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
-    weights = folder / "text_encoder" / "model.safetensors"
-    prefixed = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in load_file(weights).items()}
-    save_file(prefixed, weights, metadata={"format": "pt"})
-
-
-def preview(nets, vae, tokenizer, canvas: int):
-    pipe = pipeline(nets, vae, tokenizer)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(PREVIEW))]
-    size = {"height": canvas, "width": canvas}
-    images = pipe(PREVIEW, num_inference_steps=20, guidance_scale=4.0, generator=generators, **size).images
-    return make_image_grid(images, 2, len(PREVIEW) // 2)
-
-
 def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -217,8 +143,11 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
     tokenizer = new_tokenizer(scenes.words(), args.out / "tokenizer")
     nets = new_models(tokenizer)
-    data = Data.load(args, scenes, vae, tokenizer)
-    ema = EMAModel(nets.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    data = Data.load(scenes, vae, tokenizer, args.canvas, args.vae / f"latents{args.canvas}.pt")
+    if args.init:
+        for name, net in nets.items():
+            net.load_state_dict(type(net).from_pretrained(args.init / name).state_dict())
+    average = copy.deepcopy(nets).requires_grad_(False)
     optimizer = torch.optim.AdamW(nets.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     held = args.steps * (1 - args.decay)
     rate = lambda step: min((step + 1) / 200, 1.0, max(args.steps - step, 0) / (args.steps - held))
@@ -229,14 +158,10 @@ def main() -> None:
     if checkpoint.exists():
         state = torch.load(checkpoint)
         nets.load_state_dict(state["nets"])
-        ema.load_state_dict(state["ema"])
+        average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         start = state["step"]
-    elif args.init:
-        for name, net in nets.items():
-            net.load_state_dict(type(net).from_pretrained(args.init / name).state_dict())
-        ema = EMAModel(nets.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     print(len(data.latents), "scenes, parameters", parameters, flush=True)
 
@@ -251,21 +176,19 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        ema.step(nets.parameters())
+        update_average(average, nets, step)
         losses.append(loss.item())
         done = step + 1
         if done % 250 == 0 or done == args.steps:
-            state = {"nets": nets.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**state, "schedule": schedule.state_dict(), "step": done}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            parts = {"nets": nets, "average": average, "optimizer": optimizer, "schedule": schedule}
+            write_checkpoint({"step": done, **{name: part.state_dict() for name, part in parts.items()}}, checkpoint)
             per_second = (done - start) / (time.time() - began)
             print(f"step {done} loss {sum(losses[-250:]) / len(losses[-250:]):.4f} {per_second:.2f}/s", flush=True)
         if done % 1000 == 0 or done == args.steps:
-            ema.store(nets.parameters())
-            ema.copy_to(nets.parameters())
-            save(pipeline(nets, vae, tokenizer), args.out / "pipeline")
-            preview(nets, vae, tokenizer, args.canvas).save(args.out / f"preview{done:06d}.png")
-            ema.restore(nets.parameters())
+            pipe = pipeline(average, vae, tokenizer)
+            save(pipe, args.out / "pipeline")
+            call = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": args.canvas, "width": args.canvas}
+            preview(pipe, PREVIEW[:12], **call).save(args.out / f"preview{done:06d}.png")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,23 @@ import agentsd
 FAR = 0.5  # root mean square of the change, as a share of the image's own deviation
 
 
-def check(model, run, **settings) -> None:
-    """The patch is active, the output finite and close to unpatched, and removal gives the bit-equal output back."""
+def check(model, run, *settings: dict) -> None:
+    """The patch is active, the output finite and close to unpatched, and removal gives the bit-equal output back.
+
+    With each of ``settings`` in turn; with the default ones where none are given.
+    """
     plain = run()
     assert torch.equal(run(), plain), "the unpatched run is not repeatable: this check would prove nothing"
-    agentsd.apply_patch(model, seed=0, **settings)
-    assert agentsd.report(model).patched
-    patched = run()
-    assert patched.isfinite().all()
-    assert not torch.equal(patched, plain), "the patch did nothing"
-    assert distance(patched, plain) < FAR
-    assert torch.equal(run(), patched), "something leaks from one image to the next"
-    agentsd.remove_patch(model)
-    assert torch.equal(run(), plain)
+    for given in settings or ({},):
+        agentsd.apply_patch(model, seed=0, **given)
+        assert agentsd.report(model).patched
+        patched = run()
+        assert patched.isfinite().all()
+        assert not torch.equal(patched, plain), f"the patch did nothing with {given}"
+        assert distance(patched, plain) < FAR, given
+        assert torch.equal(run(), patched), f"something leaks from one image to the next with {given}"
+        agentsd.remove_patch(model)
+        assert torch.equal(run(), plain), given
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

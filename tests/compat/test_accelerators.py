@@ -1,10 +1,12 @@
 """torch.compile, DeepCache, quantised UNets."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch._dynamo
 from checks import check
-from conftest import make_unet, unet_inputs
+from conftest import make_unet, sweep, unet_inputs
 from torch._dynamo.utils import counters
 from zoo import build, runner
 
@@ -25,6 +27,22 @@ HOW = {
 }
 
 
+SIZES = {  # one level is half as much to compile
+    "one level": {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    },
+    "two levels": {},
+}
+ORDERS = ("before", "after")
+NOTICES = sweep(product(["one level"], ["torch.compile", "compile_repeated_blocks"]), product(["two levels"], HOW))
+CASES = sweep(
+    [("one level", *case) for case in zip(HOW, 2 * ORDERS, SETTINGS, strict=True)],
+    product(["two levels"], HOW, ORDERS, SETTINGS),
+)
+
+
 def trajectory(unet) -> torch.Tensor:
     return torch.cat([unet(**unet_inputs(timestep=torch.tensor(t))).sample for t in TIMESTEPS])
 
@@ -37,13 +55,12 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_one_graph_a_phase_and_none_a_step(how, order, name):
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_one_graph_a_phase_and_none_a_step(case):
+    size, how, order, name = case
     settings, phases = SETTINGS[name]
-    expected = trajectory(agentsd.apply_patch(make_unet(), seed=0, **settings))
-    unet = make_unet()
+    expected = trajectory(agentsd.apply_patch(make_unet(**SIZES[size]), seed=0, **settings))
+    unet = make_unet(**SIZES[size])
     if order == "before":
         agentsd.apply_patch(unet, seed=0, **settings)
     compiled = HOW[how](unet)
@@ -58,12 +75,13 @@ def test_one_graph_a_phase_and_none_a_step(how, order, name):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_a_graph_that_has_run_notices_the_patch_and_its_removal(how):
-    compiled = HOW[how](make_unet())
+@pytest.mark.parametrize("case", NOTICES, ids="-".join)
+def test_a_graph_that_has_run_notices_the_patch_and_its_removal(case):
+    size, how = case
+    compiled = HOW[how](make_unet(**SIZES[size]))
     plain = trajectory(compiled)
     agentsd.apply_patch(compiled, seed=0)
-    assert torch.equal(trajectory(compiled), trajectory(agentsd.apply_patch(make_unet(), seed=0)))
+    assert torch.equal(trajectory(compiled), trajectory(agentsd.apply_patch(make_unet(**SIZES[size]), seed=0)))
     agentsd.remove_patch(compiled)
     assert torch.equal(trajectory(compiled), plain)
 

@@ -1,4 +1,7 @@
-"""No value is read back from the device: the real architectures run on fake CUDA tensors, which have none to read."""
+"""No value is read back from the device: the real architectures run on fake CUDA tensors, which have none to read.
+
+Of SDXL's ten transformer blocks in a row two do for all, since they are alike.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ SDXL = {
     "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
+    "transformer_layers_per_block": (1, 2, 2),
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
@@ -52,20 +55,20 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @pytest.mark.skipif(not can_fake_cuda(), reason="a build of torch without CUDA makes no fake CUDA tensors")
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("config", [SD15, SDXL], ids=["Stable Diffusion 1.5", "SDXL"])
-def test_no_data_dependent_operation(config, settings):
+def test_no_data_dependent_operation(config):
     with FakeTensorMode(), torch.device("cuda"), default_dtype(torch.float16):
         unet = UNet2DConditionModel(**config).eval()
         size, xl = config["sample_size"], "addition_embed_type" in config
         added = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)} if xl else None
-        agentsd.apply_patch(unet, **settings)
-        assert agentsd.report(unet).patched
-        for timestep in (901, 101):  # numbers, as a pipeline's scheduler with a step index gives none to read
-            output = unet(
-                torch.empty(2, 4, size, size),
-                timestep,
-                torch.empty(2, 77, config["cross_attention_dim"]),
-                added_cond_kwargs=added,
-            ).sample
-            assert output.device.type == "cuda" and output.shape == (2, 4, size, size)
+        for settings in SETTINGS.values():
+            agentsd.apply_patch(unet, **settings)
+            assert agentsd.report(unet).patched
+            for timestep in (901, 101):  # numbers, as a pipeline's scheduler with a step index gives none to read
+                output = unet(
+                    torch.empty(2, 4, size, size),
+                    timestep,
+                    torch.empty(2, 77, config["cross_attention_dim"]),
+                    added_cond_kwargs=added,
+                ).sample
+                assert output.device.type == "cuda" and output.shape == (2, 4, size, size)

@@ -4,13 +4,7 @@ import pytest
 from checks import check
 from zoo import PIPELINES
 
-SETTINGS = {"agents": {}, "sampling": {"sample_kv": True}, "reuse": {"cache_interval": 2}}
-
 
 @pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize(
-    "settings", [{}, {"sample_kv": True}, {"cache_interval": 2}], ids=["agents", "sample", "reuse"]
-)
-def test_pipeline(name, settings):
-    pipe, run = PIPELINES[name]()
-    check(pipe, run, **settings)
+def test_pipeline(name):
+    check(*PIPELINES[name](), {}, {"sample_kv": True}, {"cache_interval": 2})

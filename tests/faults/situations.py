@@ -52,7 +52,8 @@ def sweep(cases, ordinary=MAIN) -> list:
 
 
 def scheduler(name: str, **config):
-    return make_scheduler(SCHEDULERS[name], **config)
+    usual = {"skip_prk_steps": True} if name == "PNDM" else {}  # as Stable Diffusion has it
+    return make_scheduler(SCHEDULERS[name], **usual | config)
 
 
 def sibling(pipe, scheduler, cls=None, **optional):

@@ -162,7 +162,8 @@ DESCENT = range(951, 300, -50)
 def outputs(unet) -> torch.Tensor:
     """Twelve calls and more on latents that change little, as an image's do."""
     inputs, drift = unet_inputs(), 0.02 * inputs_of(3)["sample"]
-    found = [unet(**inputs | {"timestep": t, "sample": inputs["sample"] + i * drift}) for i, t in enumerate(DESCENT)]
+    text = inputs["encoder_hidden_states"]
+    found = [unet(inputs["sample"] + i * drift, t, text) for i, t in enumerate(DESCENT)]
     return torch.cat([output.sample for output in found])
 
 

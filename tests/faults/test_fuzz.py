@@ -77,7 +77,8 @@ class World:
         self.image(rng, "failed")
 
     def call(self, rng) -> None:
-        timestep = rng.choice([*self.pipes[0].scheduler.timesteps[:2], 951, 301])
+        timesteps = self.pipes[0].scheduler.timesteps  # PNDM has none before they are set
+        timestep = rng.choice([*(timesteps[:2] if timesteps is not None else ()), 951, 301])
         self.pipes[0].unet(**inputs_of(rng.randrange(3), timestep=timestep))
 
     def copy(self, rng) -> None:

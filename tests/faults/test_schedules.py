@@ -176,12 +176,14 @@ def test_processors_that_a_pipeline_puts_in_place_for_the_call():
 # A share of the trajectory
 
 
-OFFSET = ("DDIM", "PNDM", "Euler", "Heun", "UniPC", "DPM++ 2M")  # the last timestep would be one too many
+OFFSET = ("DDIM", "DDPM", "PNDM", "Euler", "Heun", "UniPC", "DPM++ 2M")  # the last timestep would be one too many
 
 
 def with_all_timesteps(kind: str, trained: int):
     """A scheduler of few training timesteps, so that a trajectory can take them all."""
-    return scheduler(kind, num_train_timesteps=trained, **{"steps_offset": 0} if kind in OFFSET else {})
+    spacing = {"timestep_spacing": "trailing"} if kind in ("DDIM", "DDPM") else {}  # pipelines insist on their offset
+    offset = {"steps_offset": 0} if kind in OFFSET else {}
+    return scheduler(kind, num_train_timesteps=trained, **offset, **spacing)
 
 
 ALL = [

@@ -117,36 +117,26 @@ def keys_of(x: torch.Tensor, dtype: torch.dtype, **settings) -> torch.Tensor:
     return seen[0]
 
 
-def agreement(x: torch.Tensor, dtype: torch.dtype, **settings) -> float:
-    """The share of the merged tokens that are, but for rounding, those of the same values in float32."""
-    x = x.to(dtype).float()
-    half, full = keys_of(x, dtype, **settings), keys_of(x, torch.float32, **settings)
-    assert half.shape == full.shape and half.shape[1] < x.shape[1]
-    tolerance = 0.05 * full.abs().mean() + 0.02 * full.abs().amax(-1)
-    return ((half - full).abs().amax(-1) < tolerance).float().mean().item()
-
-
 def tokens(scale: float = 1.0) -> torch.Tensor:
     return torch.randn(2, 256, 64, generator=torch.Generator().manual_seed(5)) * scale
 
 
-HALVES = [(torch.float16, 0.85), (torch.bfloat16, 0.55)]  # near ties fall otherwise; matched at random it is 0.08
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [2.0**-8, 2.0**13])
+def test_tokens_match_by_direction_however_large_they_are(scale, dtype):
+    """Norms leave float16's range where the tokens themselves do not: a power of two changes no match."""
+    x = tokens().to(dtype).float()
+    small, large = keys_of(x, dtype), keys_of(x * scale, dtype)
+    torch.testing.assert_close(large / scale, small, atol=2e-3 if dtype == torch.float16 else 1e-6, rtol=1e-2)
 
 
-@pytest.mark.parametrize(("dtype", "least"), HALVES, ids=str)
-@pytest.mark.parametrize("scale", [1e-3, 1, 8e3, 1.4e4])
-def test_large_and_small_tokens_match_as_in_float32(scale, dtype, least):
-    """Their norms leave float16's range where the tokens themselves do not."""
-    assert agreement(tokens(scale).clamp(-6e4, 6e4), dtype) > least
-
-
-@pytest.mark.parametrize(("dtype", "least"), HALVES, ids=str)
-@pytest.mark.parametrize("value", [0.0, 1e-7])
-def test_a_token_of_zeros_attracts_no_others(value, dtype, least):
-    """A dst token without a direction is nearest to none."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_token_of_zeros_attracts_no_others(dtype):
+    """A dst token without a direction is nearest to none, so it stays what it is."""
     x = tokens()
-    x[:, 2 * 16 + 4] = value  # the top left of a cell
-    assert agreement(x, dtype) > least
+    x[:, 2 * 16 + 4] = 0  # the top left of a cell
+    kept = (keys_of(x, dtype).abs().amax(-1) <= 1e-6).sum(-1)
+    assert kept.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,0 +1,60 @@
+"""Deep features between calls: remembered, and followed to where they are heading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Lane:
+    """The deep features of one of the calls that a step makes: guidance may take two, of different prompts.
+
+    Attributes:
+        order: of the extrapolation in time, 0 or 1.
+        latest: the features of the last full call.
+        previous: those of the full call before, where ``order`` asks for them; ``gap`` calls lie between the two.
+        age: how many calls ago the latest are.
+        calls: how many there were before the present one.
+        due: whether a full call was begun that has not remembered anything yet.
+    """
+
+    order: int
+    latest: Tensor | None = None
+    previous: Tensor | None = None
+    gap: int = 0
+    age: int = 0
+    calls: int = -1
+    due: bool = True
+
+    def begin(self) -> None:
+        self.calls, self.age = self.calls + 1, self.age + 1
+
+    def remember(self, features: Tensor) -> None:
+        """Take these as the latest.
+
+        No line is drawn from the first call's: features move too fast there for a line to tell where they are heading
+        (benchmarks/NOTES.md).
+        """
+        self.previous = self.latest if self.order and self.calls > 1 else None
+        self.latest, self.gap, self.age, self.due = features, self.age, 0, False
+
+    def estimate(self) -> Tensor:
+        """The latest features, or where they are heading: the first order of a Taylor polynomial, as in TaylorSeer.
+
+        No further ahead than the line is long. A tensor of its own: FreeU scales features in place.
+
+        Raises:
+            ValueError: nothing has been remembered.
+        """
+        if self.latest is None:
+            raise ValueError("there are no features before a full call has been remembered")
+        if self.previous is None:
+            return self.latest.clone()
+        return torch.lerp(self.previous, self.latest, 1 + min(self.age / self.gap, 1))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(features.nbytes for features in (self.latest, self.previous) if features is not None)

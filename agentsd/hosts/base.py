@@ -1,0 +1,92 @@
+"""The questions that a patch asks an architecture, and the words in which it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A transformer block, by name.
+
+    Attributes:
+        name: of the block in its denoiser.
+        level: how many downsamplings lie between the latents and the block; its resolution is 1 / 2 ** level.
+        skip: why the block cannot be patched; empty where it can.
+    """
+
+    name: str
+    level: int
+    skip: str = ""
+
+    @property
+    def downsample(self) -> int:
+        return int(2**self.level)
+
+
+@dataclass(frozen=True)
+class Middle:
+    """The part of a denoiser that a cached call skips, as names of modules in the order of a call.
+
+    Attributes:
+        unread: modules whose outputs nothing reads in a cached call.
+        last: the module whose output stands for all of them: these are the deep features.
+    """
+
+    unread: tuple[str, ...]
+    last: str
+
+    def holds(self, name: str) -> bool:
+        """Whether the module called ``name`` is in it."""
+        return any(name == part or name.startswith(f"{part}.") for part in (*self.unread, self.last))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a denoiser call says of itself.
+
+    Attributes:
+        sample: the latents, (B, C, H, W).
+        timestep: as it was given.
+        text: what the call is conditioned on; calls of one step are told apart by it.
+        writes: whether the call may write into outputs of the middle, so that these need memory of their own.
+    """
+
+    sample: Tensor
+    timestep: Tensor | float
+    text: Tensor | None = None
+    writes: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.sample.shape[-2:]
+        return height, width
+
+
+class Host(Protocol):
+    """What is known of one architecture. Hosts have no state: a denoiser is an argument of every question."""
+
+    def inputs(self, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+        """What a call with these arguments says; None where some are missing, which the denoiser itself reports."""
+
+    def sites(self, net: nn.Module) -> list[Site]:
+        """Every transformer block, in the order of its modules; empty where there is none that is known."""
+
+    def grids(self, net: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+        """The token grid of each level for latents of ``height`` x ``width``: ``grids(...)[site.level]``."""
+
+    def sample_size(self, net: nn.Module) -> tuple[int, int]:
+        """Height and width of the latents that the denoiser was made for."""
+
+    def middle(self, net: nn.Module, branch: int) -> Middle:
+        """What a cached call skips, where ``branch`` more layers run on the way down than at least.
+
+        Raises:
+            ValueError: features of this denoiser cannot be reused, or not with this ``branch``.
+        """
+
+    def outer_share(self, net: nn.Module, middle: Middle, height: int, width: int) -> float:
+        """Multiply-adds outside of ``middle``, as a share of all, without the attention products."""

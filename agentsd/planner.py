@@ -1,0 +1,187 @@
+"""What a denoiser call is to do, decided before it from plain numbers, and then frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agentsd.features import Lane
+from agentsd.matching import Partition, partitions
+from agentsd.schedule import Counts, Moment, Phase
+from agentsd.settings import Settings
+
+Grid = tuple[int, int]
+DRAWN_AHEAD = 2**24  # bytes of draws that are made at once, as far as the schedule is known
+MOST_DRAWS = 4  # kept for later: of each phase, and of the image after this one, which may have the same seed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One denoiser call.
+
+    Attributes:
+        phase: how tokens are merged or sampled.
+        cached: whether the call reuses deep features.
+        steps: of the trajectory, that the schedule has in one phase with this call's.
+        counts: by the index of a patched block, what becomes of its tokens; without the blocks that are left alone.
+    """
+
+    phase: Phase
+    cached: bool
+    steps: range
+    counts: dict[int, Counts]
+
+
+def plan(settings: Settings, moment: Moment, grids: Sequence[Grid], cached: bool, outermost: Sequence[bool]) -> Plan:
+    """The plan of the call at ``moment``.
+
+    Args:
+        grids: the token grid of each patched block.
+        cached: whether the call reuses deep features.
+        outermost: for each patched block, whether a cached call runs it.
+    """
+    phase = settings.phase_at(moment)
+    if cached and settings.cached is not None:
+        phase = settings.cached
+    agents = round(settings.agent_steps * moment.steps)
+    steps = range(agents) if moment.step < agents else range(agents, max(moment.steps, moment.step + 1))
+    counts = {i: _counts(phase, grid) for i, grid in enumerate(grids) if outermost[i] or not cached}
+    return Plan(phase, cached, steps, {i: found for i, found in counts.items() if found.changed})
+
+
+@lru_cache(maxsize=256)
+def _counts(phase: Phase, grid: Grid) -> Counts:
+    return phase.counts(*grid)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What becomes of the tokens of one block in one call, and which of them are dst."""
+
+    counts: Counts
+    partition: Partition
+
+
+class Draws:
+    """The random choice of dst tokens, for every block and step of a trajectory at once, on the device.
+
+    Each block's draw at each step has a generator of its own: it is the same however often, and in what order, it is
+    asked for, and no generator of the user's is advanced.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Draws, ()
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], list[dict[int, Partition]]] = {}
+
+    def blocks(
+        self, plan: Plan, grids: Sequence[Grid], moment: Moment, seed: int | None, device: torch.device
+    ) -> dict[int, BlockPlan]:
+        """The plans of all blocks that ``plan`` changes. Without a ``seed`` dst tokens are the top-left of cells."""
+        if not plan.counts:
+            return {}
+        used = {i: grids[i] for i in plan.counts}
+        steps = range(moment.step, moment.step + 1)
+        if seed is not None and moment.calls is not None:  # the schedule is known, and so are the steps to come
+            ahead = max(1, DRAWN_AHEAD // sum(2 * 4 * height * width for height, width in used.values()))
+            passed = (moment.step - plan.steps.start) // ahead * ahead + plan.steps.start
+            steps = range(passed, min(passed + ahead, plan.steps.stop))
+        key = (plan.phase.sy, plan.phase.sx, tuple(used.items()), seed, device, steps if seed is not None else None)
+        if (drawn := self._made.get(key)) is None:
+            drawn = self._draw(plan.phase, used, seed, steps, device)
+            while len(self._made) >= MOST_DRAWS:
+                self._made.pop(next(iter(self._made)), None)
+            self._made[key] = drawn
+        step = drawn[moment.step - steps.start]
+        return {i: BlockPlan(counts, step[i]) for i, counts in plan.counts.items()}
+
+    @staticmethod
+    def _draw(
+        phase: Phase, used: dict[int, Grid], seed: int | None, steps: range, device: torch.device
+    ) -> list[dict[int, Partition]]:
+        drawn: list[dict[int, Partition]] = [{} for _ in steps]
+        with torch.inference_mode(False), torch.no_grad():  # of use under gradients, too
+            for grid in set(used.values()):
+                indices = [i for i, other in used.items() if other == grid]
+                each = [(step, i) for step in steps for i in indices]
+                generators = [None if seed is None else generator(seed, *place) for place in each]
+                made = iter(partitions(*grid, phase.sy, phase.sx, generators, device))
+                for step in drawn:
+                    step |= {i: next(made) for i in indices}
+        return drawn
+
+
+def generator(seed: int, step: int, index: int) -> torch.Generator:
+    """A generator of the draw of the ``index``-th block at this step alone."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass
+class Running:
+    """One call of a block, as far as it has come.
+
+    Attributes:
+        plan: of the block.
+        x: (B, N, C), the input of the block, by which its tokens are matched.
+        merged: whether the layer that runs has merged tokens, which are to be unmerged.
+        agents: (B, A, C), for the self-attention that `agentsd.processor.AgentAttnProcessor` has taken over.
+    """
+
+    plan: BlockPlan
+    x: Tensor
+    edges: Any = None
+    matching: Any = None
+    merged: bool = False
+    agents: Tensor | None = None
+
+
+@dataclass
+class Call:
+    """A denoiser call under way.
+
+    Attributes:
+        cached: whether it reuses deep features.
+        blocks: the plans of the patched blocks that are changed in it, by their index.
+        running: the block that runs.
+        features: what stands for the middle in a cached call, or is to be remembered of a full one.
+        lane: where they come from, and go to.
+        shapes: by the name of a module of the middle, what its output looks like.
+        writes: whether outputs of the middle may be written into.
+        borrowed: whether the features are in memory that a graph will write into again.
+        recomputed: whether it is run a second time, for its gradients.
+    """
+
+    cached: bool = False
+    blocks: dict[int, BlockPlan] = field(default_factory=dict)
+    running: Running | None = None
+    features: Tensor | None = None
+    lane: Lane | None = None
+    shapes: dict[str, Any] | None = None
+    writes: bool = False
+    borrowed: bool = False
+    recomputed: bool = False
+
+
+class Now(threading.local):
+    """What is under way in the present thread; a copy of it begins with nothing.
+
+    Attributes:
+        call: the denoiser call.
+        tracks: the trajectories (`agentsd.tracks.Track`).
+    """
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.tracks: list[Any] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Now, ()

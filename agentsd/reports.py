@@ -1,0 +1,234 @@
+"""What a patch does, layer by layer, and what it leaves alone and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from typing import Any
+
+from agentsd.hosts import Site, host_of
+from agentsd.models import controlnets_of, unet_of
+from agentsd.patch import ATTRIBUTE, Patch, patch_of
+from agentsd.planner import Grid, plan
+from agentsd.processor import possible
+from agentsd.schedule import Counts, Moment, full_calls
+from agentsd.settings import Settings
+
+USUAL_STEPS = 50  # of which it tells how many calls are full
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One transformer block.
+
+    Attributes:
+        name: of the block in its denoiser.
+        grid: height and width of its tokens.
+        phases: the token counts in each phase that the schedule reaches, and in ``"cached"`` calls where these run the
+            block and have counts of their own; empty where the block is not patched.
+        note: why it is not patched, or what of it is not.
+    """
+
+    name: str
+    grid: Grid
+    phases: dict[str, Counts]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Prints as a table; `to_dict` is for programs.
+
+    Attributes:
+        settings: those of the patch; None where there is none.
+        latent_size: that the counts are for: of the last denoiser call, or before it the denoiser's own size.
+        layers: every transformer block.
+        full: how many of 50 calls are full; the others are cached.
+        cached_share: multiply-adds of a cached call, as a share of a full one's, without the attention products.
+        last: how many calls of the last trajectory were full and cached.
+        cache_bytes: memory of the features that are kept for reuse at present.
+    """
+
+    settings: Settings | None
+    latent_size: Grid
+    layers: tuple[LayerReport, ...]
+    full: int = USUAL_STEPS
+    cached_share: float = 1.0
+    last: dict[str, int] = field(default_factory=dict)
+    cache_bytes: int = 0
+
+    @property
+    def patched(self) -> tuple[LayerReport, ...]:
+        """The blocks in which something changes."""
+        return tuple(layer for layer in self.layers if any(counts.changed for counts in layer.phases.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<agentsd.Report: {len(self.patched)} of {len(self.layers)} transformer blocks patched>"
+
+    def __str__(self) -> str:
+        head, rows, rest = self._parts()
+        return "\n".join([*head, *_aligned(rows), *rest])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        head, rows, rest = self._parts()
+        cell = "<td style='text-align:left'>{}</td>".format
+        lines = ("".join(cell(escape(text)) for text in row) for row in rows)
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        before, after = ("".join(f"<p>{escape(text)}</p>" for text in texts) for texts in (head, rest))
+        return f"{before}<table>{table}</table>{after}"
+
+    def _parts(self) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
+        """What the user gets, the table of the patched blocks, and what is to be said of the others."""
+        settings = self.settings
+        if settings is None:
+            return ["agentsd: not patched."], [], []
+        height, width = self.latent_size
+        ratio = "" if settings.sample_kv else f"ratio {settings.ratio:g}, "
+        blocks = f"{len(self.patched)} of {len(self.layers)} transformer blocks patched"
+        head = [f"{blocks}, {ratio}for {height}x{width} latents"]
+        if settings.reuses:
+            share = f"a cached call runs {self.cached_share:.0%} of the UNet"
+            head.insert(0, f"{self.full} of {USUAL_STEPS} calls are full; {share}, by multiply-adds")
+            if not self.patched:
+                head[1] = "attention is left as it is in all calls"
+        if settings.reuses and any(self.last.values()):
+            head.append("the last image: {full} full and {cached} cached calls".format(**self.last))
+        head[0] = f"agentsd: {head[0]}"
+        listed = [layer for layer in self.layers if layer.phases]
+        names = list(dict.fromkeys(name for layer in listed for name in layer.phases))
+        rows = [("block", "tokens", *(_heading(settings, name) for name in names))] if listed else []
+        rows += [self._row(layer, names) for layer in listed]
+        others: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if not layer.phases:
+                others.setdefault(layer.note, []).append(layer.name)
+        rest = [f"not patched, {note}: {_listed(blocks)}" for note, blocks in others.items()]
+        if settings.reuses:
+            rest.append(f"feature reuse: {self.cache_bytes / 2**20:.1f} MB kept")
+        if settings.cached is not None and "cached" not in names:
+            rest.append("cache_cell changes nothing: the layers that cached calls run have no self-attention to patch")
+        return head, rows, rest
+
+    def _row(self, layer: LayerReport, phases: list[str]) -> tuple[str, ...]:
+        height, width = layer.grid
+        cells = [_cell(layer.phases[name], self.settings) if name in layer.phases else "skipped" for name in phases]
+        return layer.name, f"{height}x{width} = {height * width}", *cells, layer.note
+
+
+def _heading(settings: Settings, phase: str) -> str:
+    if phase == "cached":
+        return f"one key of each {settings.cache_cell}x{settings.cache_cell}, cached calls"
+    if not settings.sample_kv and settings.ratio == 0:
+        return "full calls"
+    share = settings.agent_steps if phase == "agent" else 1 - settings.agent_steps
+    part = "first" if phase == "agent" else "last"
+    name = "agents" if phase == "agent" and settings.merge_attn else "merging"
+    if settings.sample_kv:
+        cell = settings.agent if phase == "agent" else settings.merge
+        name = f"one key of each {cell.sy}x{cell.sx}"
+    return f"{name}, {part} {share:.0%} of the steps" if share < 1 else f"{name}, all steps"
+
+
+def _cell(counts: Counts, settings: Settings | None) -> str:
+    if not counts.changed:
+        return "unchanged"
+    cost = f"(attention costs {counts.attention_cost:.0%})"
+    if counts.keys:
+        return f"{counts.keys} keys and values {cost}"
+    if settings is not None and not settings.merge_attn:
+        return f"{counts.remaining} tokens"
+    agents = f", {counts.agents} agents" if counts.agents else ""
+    return f"{counts.remaining} tokens{agents} {cost}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    columns = max(map(len, rows), default=0)
+    padded = [(*row, *[""] * (columns - len(row))) for row in rows]
+    widths = [max(len(row[i]) for row in padded) for i in range(columns)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in padded]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]} ({len(names)} blocks)"
+
+
+def report(model: Any) -> Report:
+    """What the patch on ``model`` does to each transformer block, at the size it last ran at.
+
+    Raises:
+        TypeError: ``model`` is neither a pipeline with a UNet nor a UNet.
+    """
+    unet, patch = unet_of(model), patch_of(model)
+    if patch is None:
+        sites = host_of(unet).sites(unet)
+        return Report(None, (0, 0), tuple(LayerReport(site.name, (0, 0), {}, "there is no patch") for site in sites))
+    layers = _layers(unet, patch)
+    for name, net in controlnets_of(model).items():
+        layers += _controlnet_layers(name, net)
+    full = sum(full_calls(USUAL_STEPS, patch.settings))
+    share = patch.host.outer_share(unet, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
+    kept = patch.reuse.nbytes if patch.reuse is not None else 0
+    return Report(patch.settings, patch.latent_size, tuple(layers), full, share, patch.calls, kept)
+
+
+def _controlnet_layers(name: str, net: Any) -> list[LayerReport]:
+    patch = getattr(net, ATTRIBUTE, None)
+    if patch is None:
+        note = "part of a ControlNet (patch_controlnet=True patches these)"
+        return [LayerReport(f"{name}.{site.name}", (0, 0), {}, note) for site in host_of(net).sites(net)]
+    return [replace(layer, name=f"{name}.{layer.name}") for layer in _layers(net, patch)]
+
+
+def _layers(net: Any, patch: Patch) -> list[LayerReport]:
+    """Asks the planner what is to become of each block in a call of each kind, and its layer what it can do of it."""
+    settings, size = patch.settings, patch.latent_size
+    first, last = Moment(0, 10**6), Moment(10**6, 10**6)
+    moments = {"agent": first, "merge": last}
+    grids = patch.grids(net, size)
+    kinds = {phase.name: (moments[phase.name], False) for phase in settings.phases}
+    if settings.cached is not None:
+        kinds["cached"] = last, True
+    plans = {name: plan(settings, at, grids, cached, patch.outermost) for name, (at, cached) in kinds.items()}
+    patched = {block.site: block for block in patch.blocks}
+    layers = []
+    levels = patch.host.grids(net, *size)
+    for site in patch.sites:
+        grid = levels[site.level]
+        if site not in patched:
+            layers.append(LayerReport(site.name, grid, {}, _why_not(site, settings)))
+            continue
+        block, tokens, phases, notes = patched[site], grid[0] * grid[1], dict[str, Counts](), list[str]()
+        for name, planned in plans.items():
+            if name == "cached" and not patch.outermost[block.index]:
+                continue
+            counts = planned.counts.get(block.index, Counts(tokens))
+            phases[name], note = possible(_attention(net, site), counts, settings.merge_attn)
+            if note and not (name == "merge" and note.startswith("no agents")):
+                notes.append(f"{note} in cached calls" if name == "cached" else note)
+        if tokens < settings.min_tokens:
+            notes = [f"unchanged: fewer tokens than min_tokens={settings.min_tokens}"]
+        elif phases.get("agent", Counts(tokens)).merged and not phases["agent"].agents and not any(notes):
+            notes = ["no agents: too few tokens are merged away for them to be cheaper than attention"]
+        if {"processor", "keeper", "keys"} & block.aside.keys():  # of whole calls, not of a size that was met once
+            phases = dict.fromkeys(phases, Counts(tokens))
+        notes += [f"left alone: {why}" for why in block.aside.values()]
+        layers.append(LayerReport(site.name, grid, phases, "; ".join(dict.fromkeys(filter(None, notes)))))
+    return layers
+
+
+def _attention(net: Any, site: Site) -> Any:
+    try:
+        return net.get_submodule(f"{site.name}.attn1")
+    except AttributeError:  # replaced since
+        return None
+
+
+def _why_not(site: Site, settings: Settings) -> str:
+    if not settings.acts:
+        return "nothing is to be merged"
+    limit = "max_downsample" if settings.max_downsample else "the highest resolution with self-attention"
+    return site.skip or f"lower resolution (downsampling {site.downsample}) than {limit}"

@@ -1,0 +1,120 @@
+"""Whose features are whose: the trajectories under way, and the calls that each of their steps makes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from agentsd.features import Lane
+from agentsd.hosts import Inputs
+from agentsd.schedule import Moment
+
+MOST_LANES = 4  # calls of one step; guidance makes two or three
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What tells the calls of one step apart: the shape of the latents, and what they are conditioned on."""
+
+    kind: tuple[Any, ...]
+    text: Tensor | None
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Condition:
+        sample = inputs.sample
+        return cls((sample.shape, sample.dtype, sample.device), inputs.text)
+
+    def is_in_memory_of(self, other: Condition) -> bool:
+        a, b = self.text, other.text
+        if self.kind != other.kind or a is b or a is None or b is None:
+            return self.kind == other.kind and a is b
+        if a.shape != b.shape or a.dtype != b.dtype or a.storage_offset() != b.storage_offset():
+            return False
+        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+    def equals(self, other: Condition) -> bool:
+        """Whether it is the same. Values are read only where they are not in the same memory."""
+        if self.kind != other.kind or self.is_in_memory_of(other) or self.text is None or other.text is None:
+            return self.is_in_memory_of(other)
+        a, b = self.text, other.text
+        if a.shape != b.shape or a.device != b.device:
+            return False
+        return a.is_meta or isinstance(a, FakeTensor) or torch.equal(a, b)  # these have no values
+
+
+@dataclass
+class Step(Lane):
+    """A lane, and whose it is."""
+
+    condition: Condition = field(kw_only=True)
+    shapes: dict[str, Any] = field(default_factory=dict)
+    used: bool = True  # in the present step
+
+
+@dataclass
+class Track:
+    """One trajectory under way: the calls of one image, one step after the other.
+
+    Attributes:
+        schedule: equal for its calls; None where nothing but the order of timesteps tells.
+        full: for each call, whether it is full.
+        calls: how many the schedule has, where it says.
+        call: the place of the last one.
+        lanes: the features of each of the calls that a step makes.
+        read_by: what reads the attention of the middle, so that all calls are full.
+        steady: whether the last two steps made as many calls.
+    """
+
+    schedule: Hashable
+    full: tuple[bool, ...]
+    calls: int | None
+    call: int
+    lanes: list[Step] = field(default_factory=list)
+    read_by: str = ""
+    steady: bool = False
+    crowded: bool = False
+    before: int = 0  # calls of the step before
+
+    def follows(self, moment: Moment) -> bool:
+        """Whether a call at ``moment`` may be this trajectory's next: of the same step, or of the one after it."""
+        if moment.calls is None:
+            return moment.call >= self.call
+        return moment.call in (self.call, self.call + 1)
+
+    @property
+    def ended(self) -> bool:
+        return self.calls is not None and self.call >= self.calls - 1
+
+    def step_to(self, call: int) -> None:
+        if call == self.call:
+            return
+        made = sum(lane.used for lane in self.lanes)
+        unused = [lane for lane in self.lanes if not lane.used]
+        # of calls that nothing tells apart, nothing tells either which of them the last step left out
+        sure = [lane for lane in self.lanes if not any(lane.condition.equals(other.condition) for other in unused)]
+        self.lanes = [] if self.crowded else [lane for lane in sure if lane.used]
+        self.steady = made == self.before and not self.crowded
+        self.before, self.call, self.crowded = made, call, False
+        for lane in self.lanes:
+            lane.used = False
+
+    def lane(self, condition: Condition, order: int) -> Step:
+        """The lane of the next call. One that nothing is known of is new, and its first call will be full."""
+        alike = [lane for lane in self.lanes if lane.condition.is_in_memory_of(condition)]
+        alike = alike or [lane for lane in self.lanes if lane.condition.equals(condition)]
+        free = [lane for lane in alike if not lane.used]
+        if free and (len(alike) == 1 or self.steady):
+            free[0].used = True
+            return free[0]
+        # they are not told apart, and may be another image's: a warm-up, or one that was interrupted
+        unsure = {id(lane) for lane in free}
+        self.lanes = [lane for lane in self.lanes if id(lane) not in unsure]
+        if len(self.lanes) == MOST_LANES:
+            self.lanes, self.crowded = [], True
+        self.lanes.append(Step(order, condition=condition))
+        return self.lanes[-1]

@@ -1,0 +1,208 @@
+"""Trajectories: timed, profiled and counted."""
+
+import json
+
+import pytest
+import torch
+from running import FAST, PAPER, run
+
+TINY = ["--model", "tiny", "--size", "128", "--device", "cpu", "--dtype", "float32", "--rounds", "2", "--steps", "4"]
+
+
+def tiny_pipeline(model: str = "tiny", scheduler: str | None = None):
+    from architectures import load_pipeline, random_inputs  # noqa: PLC0415
+
+    pipe = load_pipeline(model, torch.float32, "cpu", scheduler)
+    return pipe, random_inputs(pipe, 1, 128, 7.5)
+
+
+@pytest.fixture(scope="module")
+def latency(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("latency") / "latency.json"
+    result = run("latency.py", *TINY, "--methods", PAPER, FAST, "--profile", "--out", out)
+    assert result.returncode == 0, result.stderr
+    return {**json.loads(out.read_text()), "printed": result.stdout}
+
+
+def test_latency(latency):
+    rows = latency["rows"]
+    assert [row["method"] for row in rows] == ["unpatched", PAPER, FAST]
+    assert rows[0]["speedup"] == 1
+    for row in rows:
+        assert len(row["rounds"]) == 2
+        for measured in row["rounds"]:
+            assert len(measured["calls"]) == 4
+            assert sum(measured["calls"]) <= measured["seconds"]
+        assert row["calls"]["least"] <= row["calls"]["median"] <= row["calls"]["most"]
+        assert row["spread"][0] <= row["speedup"] <= row["spread"][1]
+
+
+def test_profile(latency):
+    for shares in latency["profile"].values():
+        kinds = {kind: share for kind, share in shares.items() if kind != "seconds"}
+        assert min(kinds.values()) > 0  # nothing counted twice
+        assert sum(kinds.values()) == pytest.approx(1)
+    assert latency["printed"].count("%") > len(latency["profile"])  # the shares, printed
+
+
+def test_the_profile_counts_nothing_twice():
+    """Of the operations that have a share none is within another, with a patch as without."""
+    from methods import METHODS  # noqa: PLC0415
+    from profiling import OPERATIONS  # noqa: PLC0415
+
+    pipe, inputs = tiny_pipeline()
+    METHODS[PAPER].apply(pipe)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        pipe(num_inference_steps=2, **inputs)
+    shared = [event for event in profiler.events() if event.name in OPERATIONS.values()]
+    assert {event.name for event in shared} == set(OPERATIONS.values())
+    for event in shared:
+        while event.cpu_parent is not None:
+            event = event.cpu_parent
+            assert event.name not in OPERATIONS.values()
+
+
+def test_what_a_gpu_s_trace_is_counted_of():
+    from profiling import counted_events  # noqa: PLC0415
+
+    events = [
+        {"cat": "kernel", "name": "gemm", "dur": 1500},
+        {"cat": "kernel", "name": "norm", "dur": 500},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pageable -> Device)", "dur": 250},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD (Device -> Device)", "dur": 250},
+        {"cat": "gpu_memset", "name": "Memset (Device)", "dur": 500},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "dur": 9},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "dur": 9},
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert counted_events(events) == {"kernels": 2, "copies": 1, "waits": 1, "device_ms": 3.0}
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-xl"])
+def test_every_method_runs_and_leaves_the_pipeline_as_it_was(model):
+    """Also how many denoiser calls run whole: what reuses features has fewer, and fewer steps fewer."""
+    from methods import METHODS, chosen  # noqa: PLC0415
+
+    pipe, inputs = tiny_pipeline(model)
+    ran = []
+    pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: ran.append(True))
+    whole, images = {}, {}
+    for name, method in chosen(None, []).items():
+        undo = method.apply(pipe)
+        ran.clear()
+        images[name] = method.images(pipe, num_inference_steps=6, **inputs).images
+        whole[name] = len(ran)
+        undo()
+    after = METHODS["unpatched"].images(pipe, num_inference_steps=6, **inputs).images
+    assert torch.equal(after, images["unpatched"])
+    assert all(not torch.equal(image, after) for name, image in images.items() if name != "unpatched")
+    assert whole["unpatched"] == whole[PAPER] == whole["tomesd r=0.4"] == 6
+    assert whole["unpatched, 1/2 of the steps"] == 3
+    assert whole["DeepCache N=3"] == whole["agentsd r=0.4 + DeepCache N=3"] == 2
+    assert whole["agentsd balanced"] < 6
+
+
+@pytest.mark.parametrize("mode", ["channels-last", "compile", "reduce-overhead"])
+def test_modes_change_no_image_and_are_undone(mode, monkeypatch):
+    from methods import METHODS, MODES  # noqa: PLC0415
+
+    asked = []
+    compile_ = lambda unet, **options: asked.append(options) or setattr(unet, "_compiled_call_impl", unet._call_impl)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    pipe, inputs = tiny_pipeline()
+    before = pipe(num_inference_steps=4, **inputs).images
+    method = MODES[mode](METHODS["agentsd balanced"])
+    undo = method.apply(pipe)
+    assert method.images(pipe, num_inference_steps=4, **inputs).images.isfinite().all()
+    undo()
+    assert torch.equal(pipe(num_inference_steps=4, **inputs).images, before)
+    assert pipe.unet._compiled_call_impl is None
+    assert asked == {"channels-last": [], "compile": [{"mode": "default"}]}.get(mode, [{"mode": mode}])
+    assert not pipe.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_cannot_run_in_a_mode_is_left_out_and_named(tmp_path, monkeypatch):
+    import methods  # noqa: PLC0415
+
+    def fails(pipe):
+        raise RuntimeError("not with CUDA graphs\nand a long explanation")
+
+    monkeypatch.setitem(
+        methods.METHODS, "DeepCache N=3", methods.Method(methods.unpatched, call=lambda *_, **__: fails(0))
+    )
+    out = tmp_path / "latency.json"
+    result = run("latency.py", *TINY, "--methods", "DeepCache N=3", FAST, "--out", out)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(out.read_text())
+    assert [row["method"] for row in data["rows"]] == ["unpatched", FAST]
+    assert data["notes"] == ["DeepCache N=3, eager: left out, since it fails with: not with CUDA graphs"]
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "heun"])
+def test_the_calls_that_are_timed_are_the_trajectory_s(scheduler):
+    from latency import Case, Trajectories  # noqa: PLC0415
+    from methods import METHODS  # noqa: PLC0415
+
+    pipe, _ = tiny_pipeline(scheduler=scheduler)
+    calls = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(True))
+    case = Case(model="tiny", device="cpu", dtype="float32", steps=5, profile=False)
+    measured = Trajectories(case, pipe, 64).timed(METHODS["unpatched"])
+    assert len(measured["calls"]) == len(calls) == len(pipe.scheduler.timesteps)
+
+
+def test_live_memory():
+    """Views and what was there before hold nothing, and what is let go counts until then."""
+    from operations import LiveMemory  # noqa: PLC0415
+
+    mega = torch.empty(2**18, device="meta")
+    with LiveMemory() as memory:
+        view = mega.view(2, -1)[0]
+        assert memory.peak_mb == 0
+        three = torch.cat((mega, mega, mega))
+        assert memory.peak_mb == 3
+        del three
+        two = mega + mega.mul_(2) + view[0]  # a sum, and one of it
+        assert memory.peak_mb == 3
+        kept = [two, two.repeat(3)]
+        assert memory.peak_mb == 4
+    assert len(kept) == 2
+
+
+@pytest.fixture(scope="module")
+def empty():
+    """The upper half of Stable Diffusion 1.5: what a call holds at its most is there."""
+    from architectures import ARCHITECTURES, random_pipeline  # noqa: PLC0415
+
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (320, 640)}
+    blocks["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    return random_pipeline({**ARCHITECTURES["sd15"], **blocks}, torch.float32, "meta")
+
+
+@pytest.mark.parametrize("size", [256, 2048])
+def test_memory_of_a_call_does_not_grow(empty, size):
+    """Beyond the indices of tokens: two for each token and block, and those of one matching."""
+    from methods import METHODS  # noqa: PLC0415
+    from operations import counted  # noqa: PLC0415
+
+    names = [PAPER, "agentsd r=0.4, MLP and cross-attention merged, too", "agentsd few_steps"]
+    unpatched = counted(empty, METHODS["unpatched"], size, 1)["peak_mb"]
+    # two steps: one of agents, one that merges
+    assert max(counted(empty, METHODS[name], size, 2)["peak_mb"] for name in names) <= unpatched * 1.005
+
+
+def test_operations(empty, tmp_path):
+    """Counted, not timed: so with no attention at the top there is less than with any patch of it."""
+    from methods import LIMIT, METHODS  # noqa: PLC0415
+    from operations import counted  # noqa: PLC0415
+
+    plain, paper, limit = (counted(empty, METHODS[name], 128, 2)["total"] for name in ("unpatched", PAPER, LIMIT))
+    assert plain > paper > limit
+    tiny = ["--model", "tiny", "--size", "64", "--steps", "6", "--out", tmp_path]
+    result = run("operations.py", *tiny, "--methods", "DeepCache N=3", "unpatched, 1/2 of the steps")
+    assert result.returncode == 0, result.stderr
+    rows = {row["method"]: row for row in json.loads((tmp_path / "operations-tiny-64.json").read_text())["rows"]}
+    calls, plain = rows["DeepCache N=3"]["calls"], rows["unpatched"]["calls"]
+    assert plain["dearest"] == plain["cheapest"] == calls["dearest"] > calls["cheapest"]
+    assert rows["DeepCache N=3"]["total"] == 2 * calls["dearest"] + 4 * calls["cheapest"]
+    assert rows["unpatched, 1/2 of the steps"]["total"] == 3 * plain["dearest"]

@@ -1,0 +1,161 @@
+"""Results as tables, as a page, and as a report in a browser."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from running import BENCHMARKS, FAST, PAPER, run
+
+
+def latency_result(size: int = 512, batch: int = 2, steps: int = 50, names=("unpatched", PAPER), **hardware) -> dict:
+    settings = {"model": "sd15", "size": size, "dtype": "float32", "batch": batch, "steps": steps, "ratios": []}
+    rows = [
+        {
+            "method": name,
+            "mode": "eager",
+            "ratio": None,
+            "seconds": size / (i + 1),
+            "speedup": i + 1.0,
+            "spread": [i + 1.0, i + 1.0],
+            "calls": {"least": 1.0, "most": 2.0},
+            "peak_mb": 1024.0,
+            "rounds": [{}],
+        }
+        for i, name in enumerate(names)
+    ]
+    return {
+        "kind": "latency",
+        "command": f"python benchmarks/latency.py --size {size}",
+        "versions": {},
+        "settings": {**settings, "modes": ["eager"]},
+        "hardware": {"cpu": "A", "cores": 2, "instructions": "AVX2", **hardware},
+        "rows": rows,
+    }
+
+
+def quality_result(names, steps: int = 50) -> dict:
+    metrics = lambda i: {"PSNR, dB": 20.0 + i, "FD-EffNetLite0": 9.0 - i}
+    rows = [{"method": n, "ratio": None, "metrics": metrics(i), "psnr": [10.0, 20.0 + i]} for i, n in enumerate(names)]
+    settings = {"model": "demo", "images": 2, "steps": steps}
+    hardware = {"cpu": "A", "cores": 2, "instructions": "AVX2"}
+    result = {"kind": "quality", "settings": settings, "hardware": hardware, "command": "", "versions": {}}
+    return {**result, "rows": rows}
+
+
+NAMES = ("unpatched", "tomesd r=0.4", PAPER, "DeepCache N=3", FAST)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """A folder with a page, and in it that of a report with sliders."""
+    folder = tmp_path_factory.mktemp("report")
+    for name, result in (("latency", latency_result(names=NAMES)), ("quality", quality_result(NAMES))):
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    for method, levels in (("unpatched", (0, 255)), ("agentsd-fast", (255, 0))):
+        (folder / "images" / method).mkdir(parents=True)
+        steps = Image.linear_gradient("L").point(
+            lambda x, levels=levels: levels[0] + (levels[1] - levels[0]) * x / 255
+        )
+        steps.convert("RGB").save(folder / "images" / method / "00000.png")
+    result = run("report.py", "--results", folder, "--html", folder / "html", "--images", folder / "images")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_the_page_holds_every_method_and_no_plot_that_nobody_kept(report):
+    assert all(method in (report / "README.md").read_text() for method in NAMES)
+    assert "<h3>agentsd-fast</h3>" in (report / "html" / "report.html").read_text()
+    # a front for each metric, and the distribution
+    assert len(list((report / "html").glob("*.svg"))) == 3
+    assert not list(report.glob("plots/*")) and "plots/" not in (report / "README.md").read_text()
+
+
+def test_plots_that_are_kept_are_drawn_anew(report):
+    (drawn,) = (report / "html").glob("distribution*.svg")
+    kept = report / "plots" / drawn.name
+    kept.parent.mkdir()
+    kept.write_text("old")
+    assert run("report.py", "--results", report).returncode == 0
+    assert kept.read_text() == drawn.read_text()
+    assert f"plots/{drawn.name}" in (report / "README.md").read_text()
+    kept.unlink()
+    kept.parent.rmdir()
+
+
+def test_the_committed_page_is_that_of_the_results():
+    from report import RESULTS, load, page  # noqa: PLC0415
+
+    figures = sorted(path.name for path in (RESULTS / "plots").glob("*.svg"))
+    assert (RESULTS / "README.md").read_text() == page(load(RESULTS), figures)
+
+
+def test_the_report_in_a_browser(report, browser_page, tmp_path):
+    """From a file, without a request: the slider uncovers the patched image, the wheel zooms a plot."""
+    page = browser_page
+    page.goto((report / "html" / "report.html").as_uri())
+    assert page.title() == "agentsd: benchmarks"
+    slider = page.locator(".pair input").first
+    slider.fill("50")
+    assert "50%" in page.locator(".pair").first.locator("img").nth(1).evaluate("image => image.style.clipPath")
+    box = page.locator(".pair").first.bounding_box()
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    with Image.open(tmp_path / "page.png") as picture:
+        left, top = int(box["x"]), int(box["y"])
+        assert len(picture.convert("RGB").crop((left, top, left + 256, top + 256)).getcolors(1 << 16)) > 100
+    plot = page.locator("svg").first
+    before = plot.get_attribute("viewBox")
+    plot.hover()
+    page.mouse.wheel(0, -100)
+    page.wait_for_function("before => document.querySelector('svg').getAttribute('viewBox') != before", arg=before)
+    assert not [url for url in page.asked_for if not url.startswith(("file:", "data:"))]
+
+
+def test_the_front_is_what_no_other_point_passes():
+    from plots import pareto  # noqa: PLC0415
+
+    points = [(1.0, 9.0, "slow"), (2.0, 5.0, "middle"), (2.0, 4.0, "worse"), (1.5, 4.5, "inside"), (3.0, 1.0, "fast")]
+    assert [name for *_, name in pareto(points, 1)] == ["slow", "middle", "fast"]
+    assert [name for *_, name in pareto(points, -1)] == ["fast"]
+
+
+def test_results_of_other_machines_are_other_plots():
+    from plots import plots  # noqa: PLC0415
+
+    everywhere = [{}, {"cpu": "B"}, {"gpu": "C"}, {"batch": 1}]
+    results = [latency_result(size, **other) for other in everywhere for size in (256, 512, 768)]
+    assert len(plots(results)) == len(everywhere)
+
+
+def test_speed_is_that_of_the_steps_whose_quality_is_shown():
+    from plots import fronts  # noqa: PLC0415
+    from tables import speedups  # noqa: PLC0415
+
+    latency = latency_result(names=NAMES)
+    assert speedups(latency, 50)[FAST] == 5 and not speedups(latency, 20)
+    assert len(fronts([latency, quality_result(NAMES)])) == 2 and not fronts([latency, quality_result(NAMES, 20)])
+    latency["speedups"] = {"20": {FAST: 2.0}}  # of results put together from single calls
+    assert speedups(latency, 20) == {FAST: 2.0}
+
+
+def test_gpus_come_first_and_what_was_counted_there_is_shown():
+    from report import load  # noqa: PLC0415
+    from tables import latency_rows  # noqa: PLC0415
+
+    result = latency_result(gpu="H100")
+    for row in result["rows"]:
+        row |= {"host_ms": 4.0, "kernels": 1187.2, "copies": 0.1, "waits": 0.0, "device_ms": 12.34}
+    heading, first, _ = latency_rows(result)
+    shown = dict(zip(heading, first, strict=True))
+    assert shown["kernels"] == "1,187" and shown["device_ms"] == "12.3" and shown["peak, GB"] == "1.00"
+    kinds = ["gpu" in found["hardware"] for found in load(BENCHMARKS / "results")]
+    assert kinds == sorted(kinds, reverse=True)
+
+
+def test_lists_of_numbers_are_lines(tmp_path):
+    from card import write_json  # noqa: PLC0415
+
+    data = {"psnr": [1.5, -2e-05, 3], "rows": [{"name": "[1, 2]", "of": []}], "path": tmp_path}
+    write_json(tmp_path / "x.json", data)
+    assert json.loads((tmp_path / "x.json").read_text()) == {**data, "path": str(tmp_path)}
+    assert '"psnr": [1.5, -2e-05, 3]' in (tmp_path / "x.json").read_text()

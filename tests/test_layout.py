@@ -1,0 +1,96 @@
+"""Who imports whom in `agentsd/`: no circle, nothing upwards, and the algorithm needs PyTorch alone."""
+
+import ast
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "agentsd"
+ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "hosts.base"}
+MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
+    "schedule": "",
+    "matching": "",
+    "merge": "matching",
+    "attention": "",
+    "features": "",
+    "hosts.base": "",
+    "wrapping": "",
+    "checkpointing": "",
+    "settings": "schedule",
+    "trajectory": "schedule wrapping",
+    "hosts.unet": "hosts.base",
+    "hosts": "hosts.base hosts.unet",
+    "planner": "schedule settings matching features",
+    "processor": "schedule attention planner",
+    "block": "matching merge checkpointing settings hosts planner processor",
+    "tracks": "schedule features hosts",
+    "reuse": "schedule wrapping settings hosts planner processor tracks",
+    "graphs": "",
+    "capture": "matching planner processor graphs",
+    "models": "",
+    "patch": "schedule wrapping checkpointing settings trajectory hosts planner block reuse capture models",
+    "apply": "wrapping settings hosts models patch",
+    "reports": "schedule settings hosts planner processor models patch",
+    "": "settings apply reports",
+}
+
+
+def name_of(path) -> str:
+    """``hosts.unet`` for ``agentsd/hosts/unet.py``, and nothing for the package itself."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).replace("__init__", "").rstrip(".")
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(source: str) -> tuple[set[str], set[str]]:
+    """Modules of the package, and packages of others, that are imported anywhere in it."""
+    own, others = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [name for name in submodules if name.removeprefix("agentsd.") in MODULES]
+            names = known if known and len(known) == len(submodules) else [node.module, *known]
+        else:
+            continue
+        for name in names:
+            package, _, module = name.partition(".")
+            own.add(module) if package == "agentsd" else others.add(package)
+    return own, others
+
+
+def test_imports_are_found_in_every_form():
+    lines = ["import agentsd.patch", "from agentsd import merge, report", "def f():", "    import agentsd.hosts.unet"]
+    assert imports_of("\n".join(lines)) == ({"patch", "merge", "", "hosts.unet"}, set())
+    others = imports_of("import torch.nn as nn\nfrom diffusers.models import attention")[1]
+    assert others == {"torch", "diffusers"}
+
+
+def test_every_module_is_in_the_table():
+    assert set(MAY_IMPORT) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_what_it_may(module):
+    own, others = imports_of(MODULES[module].read_text())
+    assert own <= set(MAY_IMPORT[module].split())
+    allowed = {"torch"} if module in ALGORITHM else {"torch", "diffusers"}
+    assert others - sys.stdlib_module_names <= allowed
+
+
+def test_the_order_has_no_circle_and_is_that_of_the_contributors_page():
+    order = list(MAY_IMPORT)
+    for place, module in enumerate(order):
+        assert set(MAY_IMPORT[module].split()) <= set(order[:place]), module
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+) \|", page, flags=re.MULTILINE)
+    assert [name for row in rows for name in re.findall(r"`([a-z.]+)`", row)] == order[:-1]
+
+
+def test_the_algorithm_is_made_of_itself():
+    assert all(set(MAY_IMPORT[module].split()) <= ALGORITHM for module in ALGORITHM)

@@ -1,0 +1,96 @@
+"""The examples run: scenes say what they show, training resumes, its models are used, the benchmark counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples/vision"
+sys.path.insert(0, str(EXAMPLES))
+
+from scenes import CLASSES, Scenes  # noqa: E402
+from tasks import TASKS, sizes  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Discs and squares in the place of the npm package."""
+    folder = tmp_path_factory.mktemp("emoji")
+    (folder / "img/google/64").mkdir(parents=True)
+    entries = []
+    rows, columns = torch.meshgrid(*[torch.linspace(-1, 1, 64)] * 2, indexing="ij")
+    for index in range(42):
+        shape = (rows**2 + columns**2 < 0.8) if index % 2 else torch.ones(64, 64)
+        colour = torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(index)).expand(3, 64, 64)
+        category = list(CLASSES.values())[index % len(CLASSES)]
+        entries.append({"image": f"{index}.png", "category": category, "unified": str(index), "has_img_google": True})
+        rgba = torch.cat([colour, shape[None].float()])
+        from torchvision.transforms.functional import to_pil_image  # noqa: PLC0415
+
+        to_pil_image(rgba, "RGBA").save(folder / "img/google/64" / f"{index}.png")
+    (folder / "emoji.json").write_text(json.dumps(entries))
+    return folder
+
+
+def run(script: Path, *arguments: object) -> str:
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_scenes_say_what_they_show(emoji: Path) -> None:
+    training, held_out = (Scenes(emoji, held_out=h, things=3, size=64) for h in (False, True))
+    assert len(training.emoji) + len(held_out.emoji) == 42 and len(held_out.emoji) > 0
+    batch = training.draw(16)
+    boxes, segmentation = batch.boxes(), batch.segmentation()
+    for scene, thing in (batch.labels >= 0).nonzero().tolist():
+        left, top, right, bottom = boxes[scene, thing].int().tolist()
+        mask = batch.masks[scene, thing]
+        assert mask[top:bottom, left:right].sum() == mask.sum() > 0
+        assert (segmentation[scene][mask] == batch.labels[scene, thing] + 1).all()
+    assert (batch.masks.sum(1) <= 1).all(), "two things at one pixel"
+    assert torch.equal(Scenes(emoji, held_out=False, things=3, size=64).draw(16).images, batch.images)
+
+
+def test_twins_are_of_one_size() -> None:
+    for task in TASKS.values():
+        agent, softmax = (sum(p.numel() for p in task.build(sizes(a)).parameters()) for a in ("agent", "softmax"))
+        assert softmax < agent < 1.06 * softmax
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_goes_on_and_its_model_is_used(task: str, emoji: Path, tmp_path: Path) -> None:
+    output, scene, drawn = tmp_path / "run", tmp_path / "scene.png", tmp_path / "drawn.png"
+    common = (task, "--emoji", emoji, "--output", output, "--batch", 2, "--evaluate-scenes", 2, "--evaluations", 2)
+    run(EXAMPLES / "train.py", *common, "--steps", 2)
+    run(EXAMPLES / "train.py", *common, "--steps", 3, "--resume")
+    history = json.loads((output / "history.json").read_text())
+    assert history["step"] == 3 and history["evaluations"][-1]["step"] == 3
+    save_image(Scenes(emoji, held_out=True, things=2).draw(1).images[0], scene)
+    weights = ("--weights", output / "model.safetensors")
+    if task == "classify":
+        assert any(name in run(EXAMPLES / "classify.py", scene, *weights) for name in CLASSES)
+    else:
+        run(EXAMPLES / f"{task}.py", scene, *weights, "--output", drawn)
+        assert drawn.exists()
+
+
+def test_benchmark_on_a_folder_of_images(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        save_image(torch.rand(3, 40, 30), tmp_path / "data" / label / "0.png")
+    script = ROOT / "benchmarks/vision.py"
+    out = run(script, "imagenet", "--data", tmp_path / "data", "--sizes", 64, "--workers", 0, "--device", "cpu")
+    assert json.loads(out.splitlines()[-1])["images"] == 2
+    out = run(
+        script, "linear", "--lengths", 64, "--least", 0.01, "--device", "cpu", "--output", tmp_path / "rows.json"
+    )
+    assert [row["tokens"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == [64, 64]
