@@ -166,7 +166,7 @@ def test_the_batch_does_not_matter_in_half_precision(name, dtype):
     "preset",
     [[], {}, set(), ["balanced"], ("balanced",), np.array(["balanced"]), 1, True, b"fast", "", torch.nn.Linear],
     ids=repr,
-)  # fmt: skip
+)
 def test_a_preset_that_is_no_name(preset):
     """Any object is refused by the same error, which lists the names."""
     unet = make_unet()
