@@ -126,7 +126,11 @@ def save(pipe: DiffusionPipeline, folder: Path) -> None:
     pipe.save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
         if name in pipe.components:
-            pipe.components[name].backend_tokenizer.model.save(os.fspath(folder / name))
+            tokenizer = pipe.components[name]
+            if hasattr(tokenizer, "backend_tokenizer"):
+                tokenizer.backend_tokenizer.model.save(os.fspath(folder / name))
+            else:  # before transformers 5
+                tokenizer.save_vocabulary(os.fspath(folder / name))
     for name in ("text_encoder", "text_encoder_2"):
         if name in pipe.components:
             weights = folder / name / "model.safetensors"

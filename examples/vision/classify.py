@@ -20,7 +20,7 @@ import agentsd.vision  # noqa: F401 (registers the models)
 
 def emoji_classifier(image: Path, weights: Path) -> dict[str, float]:
     """Probability of each class of the emoji scenes."""
-    from scenes import CLASSES  # noqa: PLC0415
+    from emoji_scenes import CLASSES  # noqa: PLC0415
     from tasks import Classify, normalised, picture, sizes  # noqa: PLC0415
 
     model = Classify.build(sizes("agent"))

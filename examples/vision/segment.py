@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import torch
+from emoji_scenes import CLASSES
 from safetensors.torch import load_file
-from scenes import CLASSES
 from tasks import ATTENTION, COLOURS, Segment, normalised, picture, sizes, write
 from torchvision.utils import draw_segmentation_masks
 

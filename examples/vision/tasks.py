@@ -9,8 +9,8 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
+from emoji_scenes import CLASSES, Batch, Scenes
 from PIL import Image
-from scenes import CLASSES, Batch, Scenes
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples/vision"
 sys.path.insert(0, str(EXAMPLES))
 
-from scenes import CLASSES, Scenes  # noqa: E402
+from emoji_scenes import CLASSES, Scenes  # noqa: E402
 from tasks import TASKS, sizes  # noqa: E402
 
 
