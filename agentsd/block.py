@@ -136,7 +136,7 @@ class PatchedBlock:
             raise RuntimeError(
                 f"A layer of {self.site.name} got {tuple(x.shape[:2])} samples and tokens of its block's "
                 f"{tuple(running.x.shape[:2])}, so they cannot be merged. Feed-forward chunking does that: call "
-                "disable_forward_chunking() on the UNet, or patch with merge_mlp=False."
+                "disable_forward_chunking() on the denoiser, or patch with merge_mlp=False."
             )
         if running.matching is None:
             running.matching = self._edges(running).cut(counts.merged)

@@ -12,7 +12,7 @@ from agentsd.block import PatchedBlock
 from agentsd.capture import Capture
 from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Host, Inputs, Middle, Site
-from agentsd.models import unet_of
+from agentsd.models import denoiser_of
 from agentsd.planner import Call, Draws, Grid, Now, plan
 from agentsd.reuse import Reuse
 from agentsd.schedule import Moment
@@ -181,5 +181,5 @@ def select(sites: list[Site], settings: Settings) -> list[Site]:
 
 def patch_of(model: Any) -> Patch | None:
     """The patch on ``model``, if there is one."""
-    patch: Patch | None = getattr(unet_of(model), ATTRIBUTE, None)
+    patch: Patch | None = getattr(denoiser_of(model), ATTRIBUTE, None)
     return patch

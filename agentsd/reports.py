@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from agentsd.hosts import Site, host_of
-from agentsd.models import controlnets_of, unet_of
+from agentsd.models import controlnets_of, denoiser_of
 from agentsd.patch import ATTRIBUTE, Patch, patch_of
 from agentsd.planner import Grid, plan
 from agentsd.processor import possible
@@ -91,7 +91,7 @@ class Report:
         blocks = f"{len(self.patched)} of {len(self.layers)} transformer blocks patched"
         head = [f"{blocks}, {ratio}for {height}x{width} latents"]
         if settings.reuses:
-            share = f"a cached call runs {self.cached_share:.0%} of the UNet"
+            share = f"a cached call runs {self.cached_share:.0%} of the denoiser"
             head.insert(0, f"{self.full} of {USUAL_STEPS} calls are full; {share}, by multiply-adds")
             if not self.patched:
                 head[1] = "attention is left as it is in all calls"
@@ -160,17 +160,17 @@ def report(model: Any) -> Report:
     """What the patch on ``model`` does to each transformer block, at the size it last ran at.
 
     Raises:
-        TypeError: ``model`` is neither a pipeline with a UNet nor a UNet.
+        TypeError: ``model`` is neither a pipeline with a denoiser nor a denoiser.
     """
-    unet, patch = unet_of(model), patch_of(model)
+    net, patch = denoiser_of(model), patch_of(model)
     if patch is None:
-        sites = host_of(unet).sites(unet)
+        sites = host_of(net).sites(net)
         return Report(None, (0, 0), tuple(LayerReport(site.name, (0, 0), {}, "there is no patch") for site in sites))
-    layers = _layers(unet, patch)
+    layers = _layers(net, patch)
     for name, net in controlnets_of(model).items():
         layers += _controlnet_layers(name, net)
     full = sum(full_calls(USUAL_STEPS, patch.settings))
-    share = patch.host.outer_share(unet, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
+    share = patch.host.outer_share(net, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
     kept = patch.reuse.nbytes if patch.reuse is not None else 0
     return Report(patch.settings, patch.latent_size, tuple(layers), full, share, patch.calls, kept)
 
