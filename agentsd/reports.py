@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any
 
+from agentsd.control import most_full
 from agentsd.hosts import Site, host_of
 from agentsd.models import controlnets_of, unet_of
 from agentsd.patch import ATTRIBUTE, Patch, patch_of
 from agentsd.planner import Grid, plan
 from agentsd.processor import possible
-from agentsd.schedule import Counts, Moment, full_calls
+from agentsd.schedule import Counts, Moment
 from agentsd.settings import Settings
 
 USUAL_STEPS = 50  # of which it tells how many calls are full
@@ -43,7 +44,7 @@ class Report:
         settings: those of the patch; None where there is none.
         latent_size: that the counts are for: of the last denoiser call, or before it the denoiser's own size.
         layers: every transformer block.
-        full: how many of 50 calls are full; the others are cached.
+        full: how many of 50 calls are full, or may be where their errors decide; the others are cached.
         cached_share: multiply-adds of a cached call, as a share of a full one's, without the attention products.
         last: how many calls of the last trajectory were full and cached.
         cache_bytes: memory of the features that are kept for reuse at present.
@@ -92,7 +93,10 @@ class Report:
         head = [f"{blocks}, {ratio}for {height}x{width} latents"]
         if settings.reuses:
             share = f"a cached call runs {self.cached_share:.0%} of the UNet"
-            head.insert(0, f"{self.full} of {USUAL_STEPS} calls are full; {share}, by multiply-adds")
+            calls = f"{self.full} of {USUAL_STEPS} calls are full"
+            if settings.cache_tolerance:
+                calls = f"as many calls are full as each image needs, at most {self.full} of {USUAL_STEPS}"
+            head.insert(0, f"{calls}; {share}, by multiply-adds")
             if not self.patched:
                 head[1] = "attention is left as it is in all calls"
         if settings.reuses and any(self.last.values()):
@@ -169,7 +173,7 @@ def report(model: Any) -> Report:
     layers = _layers(unet, patch)
     for name, net in controlnets_of(model).items():
         layers += _controlnet_layers(name, net)
-    full = sum(full_calls(USUAL_STEPS, patch.settings))
+    full = most_full(USUAL_STEPS, patch.settings)
     share = patch.host.outer_share(unet, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
     kept = patch.reuse.nbytes if patch.reuse is not None else 0
     return Report(patch.settings, patch.latent_size, tuple(layers), full, share, patch.calls, kept)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "agentsd"
-ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "hosts.base"}
+ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "control", "hosts.base"}
 EXTRAS = {"vision": {"torch", "timm", "torchvision"}}  # what needs an extra, and imports no diffusers
 MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "schedule": "",
@@ -16,6 +16,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "merge": "matching",
     "attention": "",
     "features": "",
+    "control": "schedule features",
     "hosts.base": "",
     "wrapping": "",
     "checkpointing": "",
@@ -26,14 +27,14 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "planner": "schedule settings matching features",
     "processor": "schedule attention planner",
     "block": "matching merge checkpointing settings hosts planner processor",
-    "tracks": "schedule features hosts",
-    "reuse": "schedule wrapping settings hosts planner processor tracks",
+    "tracks": "schedule features control hosts",
+    "reuse": "schedule control wrapping settings hosts planner processor tracks",
     "graphs": "",
     "capture": "matching planner processor graphs",
     "models": "",
     "patch": "schedule wrapping checkpointing settings trajectory hosts planner block reuse capture models",
     "apply": "wrapping settings hosts models patch",
-    "reports": "schedule settings hosts planner processor models patch",
+    "reports": "schedule control settings hosts planner processor models patch",
     "": "settings apply reports",
     "vision": "attention",
 }
