@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -106,13 +108,17 @@ class Settings:
     cuda_graphs: bool = False
 
     @classmethod
-    def of(cls, preset: str | None, given: Mapping[str, Any]) -> Settings:
-        """The settings of a preset, or the defaults, but for those that are ``given``.
+    def of(cls, preset: str | Path | None, given: Mapping[str, Any]) -> Settings:
+        """The settings of a preset, or of a file that `agentsd.tune` saved, or the defaults, but for those ``given``.
 
         Raises:
             TypeError: a given name is no setting; or as `Settings`.
-            ValueError: there is no such preset; or as `Settings`.
+            ValueError: there is no such preset, or a file holds none; or as `Settings`.
+            OSError: there is no such file.
         """
+        if isinstance(preset, Path):
+            saved = _saved(preset)
+            return cls.of(saved.pop("preset", None), {**saved, **given})
         if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
             allowed = ", ".join(map(repr, PRESETS))
             raise ValueError(
@@ -221,6 +227,16 @@ class Settings:
         """What holds in cached calls, if it is not the phase that the schedule is in."""
         cell = self.cache_cell
         return Phase("cached", cell, cell, 0.0, sample_kv=True, min_tokens=self.min_tokens) if cell > 1 else None
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"preset={str(path)!r} is not allowed: the file holds no settings; agentsd.tune saves such.")
+    return settings
 
 
 def _converted(kind: type, name: str, value: Any) -> Any:

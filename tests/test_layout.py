@@ -9,7 +9,10 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "agentsd"
 ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "control", "hosts.base"}
-EXTRAS = {"vision": {"torch", "timm", "torchvision"}}  # what needs an extra, and imports no diffusers
+EXTRAS = {  # of modules that import others than torch and diffusers; those of vision need an extra
+    "vision": {"torch", "timm", "torchvision"},
+    "tuning": {"torch", "tqdm"},
+}
 MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "schedule": "",
     "matching": "",
@@ -35,7 +38,8 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "patch": "schedule wrapping checkpointing settings trajectory hosts planner block reuse capture models",
     "apply": "wrapping settings hosts models patch",
     "reports": "schedule control settings hosts planner processor models patch",
-    "": "settings apply reports",
+    "tuning": "apply models",
+    "": "settings apply reports tuning",
     "vision": "attention",
 }
 
