@@ -33,7 +33,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "models": "",
     "patch": "schedule wrapping checkpointing settings trajectory hosts planner block reuse capture models",
     "apply": "wrapping settings hosts models patch",
-    "reports": "schedule settings hosts planner processor models patch",
+    "reports": "schedule settings hosts planner processor block models patch",
     "": "settings apply reports",
     "vision": "attention",
 }
