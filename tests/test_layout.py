@@ -37,7 +37,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "models": "",
     "patch": "schedule wrapping checkpointing settings trajectory hosts planner block reuse capture models",
     "apply": "wrapping settings hosts models patch",
-    "reports": "schedule control settings hosts planner processor models patch",
+    "reports": "schedule control settings hosts planner processor block models patch",
     "tuning": "apply models",
     "": "settings apply reports tuning",
     "vision": "attention",

@@ -85,3 +85,15 @@ def test_in_a_notebook_it_is_html():
     unet = agentsd.apply_patch(make_unet())
     unet.set_attn_processor(Odd())
     assert "&lt;b&gt; is kept" in agentsd.report(unet)._repr_html_()
+
+
+@pytest.mark.filterwarnings("ignore:agentsd. a layer")
+def test_what_a_layer_was_left_alone_for_is_told_until_it_holds_no_longer():
+    unet = agentsd.apply_patch(make_unet(), sample_kv=True)
+    unet.fuse_qkv_projections()
+    unet(**unet_inputs())
+    assert "left alone: FusedAttnProcessor2_0 cannot sample" in str(agentsd.report(unet))
+    unet.unfuse_qkv_projections()
+    unet(**unet_inputs())
+    assert "left alone" not in str(agentsd.report(unet))
+    assert len(agentsd.report(unet).patched) == 3
