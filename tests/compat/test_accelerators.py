@@ -77,7 +77,7 @@ def test_one_graph_a_phase_and_none_a_step(case):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["agents", "extrapolated"])
 def test_a_compiled_call_is_one_graph_and_three_operations_outside_of_it_at_most(name):
     """A device that waits for nobody: full and cached calls alike."""
 
