@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,7 +84,7 @@ def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:
     nets = controlnets_of(model)
     if not nets:
         raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
-    alone = replace(settings, cache_interval=1, cache_cell=1)
+    alone = settings.all_full
     if not alone.acts:
         warnings.warn(
             "patch_controlnet=True changes nothing where full calls are left alone: give a ratio.", stacklevel=3

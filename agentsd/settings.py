@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
@@ -194,6 +194,12 @@ class Settings:
     def reuses(self) -> bool:
         """Whether some calls reuse the deep features of those before."""
         return self.cache_interval != 1
+
+    @property
+    def all_full(self) -> Settings:
+        """The same without feature reuse."""
+        idle: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name.startswith("cache_")}
+        return replace(self, **idle)
 
     @property
     def acts(self) -> bool:
