@@ -64,6 +64,15 @@ class PatchedBlock:
         """Leave nothing in the block's self-attention of calls that an error has cut off."""
         self._processor.give_back(attn, calls=2**31)
 
+    def attend(self, attn: Any, x: Tensor, plan: BlockPlan | None) -> Tensor:
+        """The block's self-attention of (B, N, C) tokens as in a call with this plan, or with none."""
+        under_way, self._now.call = self._now.call, Call(running=Running(plan, x) if plan is not None else None)
+        try:
+            output: Tensor = attn(x)
+        finally:
+            self._now.call = under_way
+        return output
+
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
         call = self._now.call

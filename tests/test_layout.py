@@ -8,14 +8,18 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "agentsd"
-ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "hosts.base"}
-EXTRAS = {"vision": {"torch", "timm", "torchvision"}}  # what needs an extra, and imports no diffusers
+ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "control", "hosts.base"}
+EXTRAS = {  # of modules that import others than torch and diffusers; those of vision need an extra
+    "vision": {"torch", "timm", "torchvision"},
+    "tuning": {"torch", "tqdm"},
+}
 MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "schedule": "",
     "matching": "",
     "merge": "matching",
     "attention": "",
     "features": "",
+    "control": "schedule features",
     "hosts.base": "",
     "wrapping": "",
     "checkpointing": "",
@@ -26,15 +30,17 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "planner": "schedule settings matching features",
     "processor": "schedule attention planner",
     "block": "matching merge checkpointing settings hosts planner processor",
-    "tracks": "schedule features hosts",
-    "reuse": "schedule wrapping settings hosts planner processor tracks",
+    "tracks": "schedule features control hosts",
+    "reuse": "schedule control wrapping settings hosts planner processor tracks",
     "graphs": "",
     "capture": "matching planner processor graphs",
     "models": "",
     "patch": "schedule wrapping checkpointing settings trajectory hosts planner block reuse capture models",
     "apply": "wrapping settings hosts models patch",
-    "reports": "schedule settings hosts planner processor block models patch",
-    "": "settings apply reports",
+    "costs": "schedule matching planner block",
+    "reports": "schedule control costs settings hosts planner processor block models patch",
+    "tuning": "apply models",
+    "": "settings apply reports tuning",
     "vision": "attention",
 }
 
