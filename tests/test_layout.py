@@ -9,9 +9,10 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "agentsd"
 WHOLE = ("cli", "vision")
-ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "hosts.base"}
+ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "control", "hosts.base"}
 OTHERS = {  # that import other packages than PyTorch and diffusers
     "vision": {"torch", "timm", "torchvision"},  # an extra
+    "tuning": {"torch", "tqdm"},
     "cli": {"torch", "diffusers", "accelerate", "tqdm", "numpy", "PIL"},  # which diffusers brings
 }
 MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
@@ -20,6 +21,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "merge": "matching",
     "attention": "",
     "features": "",
+    "control": "schedule features",
     "hosts.base": "",
     "wrapping": "",
     "checkpointing": "",
@@ -30,15 +32,17 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "planner": "schedule settings matching features",
     "processor": "schedule attention planner",
     "block": "matching merge checkpointing settings hosts planner processor",
-    "tracks": "schedule features hosts",
-    "reuse": "schedule wrapping settings hosts planner processor tracks",
+    "tracks": "schedule features control hosts",
+    "reuse": "schedule control wrapping settings hosts planner processor tracks",
     "graphs": "",
     "capture": "matching planner processor graphs",
     "models": "",
     "patch": "schedule wrapping checkpointing settings trajectory hosts planner block reuse capture models",
     "apply": "wrapping settings hosts models patch",
-    "reports": "schedule settings hosts planner processor models patch",
-    "agentsd": "settings apply reports",
+    "costs": "schedule matching planner block",
+    "reports": "schedule control costs settings hosts planner processor block models patch",
+    "tuning": "apply models",
+    "agentsd": "settings apply reports tuning",
     "cli": "agentsd",
     "__main__": "cli",
     "vision": "attention",
