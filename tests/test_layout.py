@@ -43,7 +43,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "reports": "schedule control costs settings hosts planner processor block models patch",
     "tuning": "apply models",
     "agentsd": "settings apply reports tuning",
-    "cli": "agentsd",
+    "cli": "tuning agentsd",
     "__main__": "cli",
     "vision": "attention",
 }

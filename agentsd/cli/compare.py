@@ -81,7 +81,9 @@ class Comparison:
         return pictures.side_by_side(rows, prompts)
 
 
-def compare(pipe: Any, prompts: list[str], seed: int, arguments: dict[str, Any], patch: dict[str, Any]) -> Comparison:
+def compare(
+    pipe: Any, prompts: list[str], seed: int, arguments: dict[str, Any], patch: dict[str, Any] | None
+) -> Comparison:
     """Draws both rows; the pipeline stays patched.
 
     Raises:
