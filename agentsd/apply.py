@@ -32,9 +32,9 @@ def apply_patch(
         model: a pipeline, or its UNet. With a UNet alone there is no scheduler to follow: the place in the trajectory
             is that of the timestep in the schedule that it is an element of, or else in the training timesteps.
         ratio: share of the tokens to merge in each patched layer, 0.4 unless a preset says otherwise.
-        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"fast"`` or
-            ``"few_steps"``, or the `pathlib.Path` of a file that `agentsd.tune` has saved. Settings given beside it
-            override it. None is the paper's schedule.
+        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"adaptive"``,
+            ``"fast"`` or ``"few_steps"``, or the `pathlib.Path` of a file that `agentsd.tune` has saved. Settings
+            given beside it override it. None is the paper's schedule.
         settings: as `agentsd.Settings` documents them.
 
     Returns:

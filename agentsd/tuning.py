@@ -26,12 +26,13 @@ SAME = 1.03  # ratios of seconds below this are noise
 # in the order in which they are tried while time is left: those that most often win come first
 CANDIDATES: Mapping[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
+    "adaptive": {"preset": "adaptive"},
     "quality": {"preset": "quality"},
     "fast": {"preset": "fast"},
-    "balanced, cache_tolerance=0.3": {"preset": "balanced", "cache_tolerance": 0.3},
+    "adaptive, cache_tolerance=0.6": {"preset": "adaptive", "cache_tolerance": 0.6},
     "balanced, cache_interval=2": {"preset": "balanced", "cache_interval": 2},
     "balanced, cache_interval=0.2": {"preset": "balanced", "cache_interval": 0.2},
-    "balanced, cache_tolerance=0.15": {"preset": "balanced", "cache_tolerance": 0.15},
+    "adaptive, cache_tolerance=0.15": {"preset": "adaptive", "cache_tolerance": 0.15},
     "few_steps": {"preset": "few_steps"},
     "the paper's schedule": {},
 }
