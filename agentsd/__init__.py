@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from agentsd.tuning import tune
 
 __all__ = ["PRESETS", "Report", "Settings", "Tuning", "apply_patch", "patched", "remove_patch", "report", "tune"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "PRESETS": "settings",

@@ -1,11 +1,13 @@
 """The command line, with the demo model and few steps: what it draws, how it resumes, and what it says of errors."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from PIL import Image, ImageChops
 import agentsd
 from agentsd.cli import COMMANDS, main, parser, pictures
 from agentsd.cli.pipelines import demo_model
+from agentsd.tuning import Trial
 
 PROMPTS = [f"{thing} on a blue background" for thing in ("red apple", "frog", "house", "hamburger", "rainbow", "cat")]
 SMALL = ["--steps", "3", "--device", "cpu"]
@@ -161,10 +164,29 @@ def test_report(capsys):
 
 def test_settings_come_from_a_file(tmp_path, capsys):
     path = tmp_path / "mine.json"
-    path.write_text('{"ratio": 0, "cache_interval": 4, "cache_order": 1}')
+    path.write_text('{"settings": {"ratio": 0, "cache_interval": 4, "cache_order": 1}}')
     assert run("report", "--device", "cpu", "--preset", path, "--set", "cache_cell=2", "use_rand=false", "--json") == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert (settings["cache_interval"], settings["cache_cell"], settings["use_rand"]) == (4, 2, False)
+
+
+@pytest.mark.parametrize("settings", [{"preset": "fast", "ratio": 0.3}, None], ids=["found", "nothing gains"])
+def test_what_tune_finds_is_a_preset(settings, tmp_path, monkeypatch, capsys):
+    """Which settings these are is tested elsewhere, and hangs on the machine."""
+    given = {}
+    trial = Trial("unpatched", None, 2.0, 1.0, math.inf, math.inf)
+    tuning = agentsd.Tuning(settings, "chosen", 1, (trial,), (), ())
+    monkeypatch.setattr(agentsd, "tune", lambda pipe, target, **how: given.update(how, target=target) or tuning)
+    path = tmp_path / "mine.json"
+    assert run("tune", *SMALL, "--target", "2x", "--prompt", PROMPTS[0], "--out", path, "--json") == 0
+    assert (given["target"], given["prompts"], given["num_inference_steps"]) == ("2x", PROMPTS[:1], 3)
+    found = json.loads(capsys.readouterr().out)
+    assert found["trials"][0]["worst"] is None and found["file"] == (str(path) if settings else None)
+    assert path.exists() == (settings is not None)
+    if settings:
+        expected = agentsd.Settings.of("fast", {"ratio": 0.3, "min_tokens": 0})  # as the tests have it everywhere
+        assert run("report", "--device", "cpu", "--preset", path, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["settings"] == asdict(expected)
 
 
 def test_info(capsys):
@@ -193,6 +215,7 @@ def test_bench_hands_on(capfd):
         (["generate", "--prompts", "no.txt"], "no.txt"),
         (["generate", "--prompt", "a", "--model", "no/such/model"], "no/such/model"),
         (["compare", "--preset", "none"], "nothing to compare"),
+        (["tune", "--target", "fast"], "expected a speed-up"),
         (["compare", "--out", "no/such/folder/out.png"], "no/such/folder"),
         (["report", "--device", "nothing"], "nothing"),
         (["nothing"], "invalid choice"),

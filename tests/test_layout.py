@@ -44,7 +44,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "trials": "",
     "tuning": "apply models trials",
     "agentsd": "settings apply reports trials tuning",
-    "cli": "agentsd",
+    "cli": "trials tuning agentsd",
     "__main__": "cli",
     "vision": "attention",
 }

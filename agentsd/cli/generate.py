@@ -32,9 +32,7 @@ RECORD = "settings.json"  # beside the images: what made them
 
 def add_parser(commands: Any) -> None:
     parser = options.add(commands, "generate", run, __doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", nargs="+", help="one or more prompts")
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt in each line")
+    options.add_prompts(parser, required=True)
     parser.add_argument("--out", type=Path, default=Path("images"), help="folder of the images (default: images)")
     parser.add_argument("--count", type=options.at_least(1), default=1, help="images of each prompt (default: 1)")
     parser.add_argument("--batch", type=options.at_least(1), default=1, help="images at a time (default: 1)")
@@ -68,7 +66,8 @@ class Work:
 
 def run(args: argparse.Namespace) -> None:
     patch = options.patch_of(args)
-    work = Work(_prompts(args), args.out, args.batch, args.seed)
+    prompts = [prompt for prompt in options.prompts_of(args) or [] for _ in range(args.count)]
+    work = Work(prompts, args.out, args.batch, args.seed)
     state = PartialState(cpu=args.device == "cpu")
     try:
         record(work, _identity(args, work, patch, state), state.process_index)
@@ -104,19 +103,6 @@ def _draw_all(args: argparse.Namespace, patch: Any, work: Work, todo: list[range
                 own = {"prompt": work.prompts[i], "seed": work.seed + i, "in_batch": [indices.start, indices.stop]}
                 pictures.save(images[i], work.path(i), own | shared)
                 bar.update()
-
-
-def _prompts(args: argparse.Namespace) -> list[str]:
-    prompts = args.prompt
-    if args.prompts is not None:
-        try:
-            prompts = [line.strip() for line in args.prompts.read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise CommandError(f"--prompts {args.prompts}: {error}") from None
-        prompts = [prompt for prompt in prompts if prompt]
-        if not prompts:
-            raise CommandError(f"--prompts {args.prompts}: it has no prompt; write one in each line")
-    return [prompt for prompt in prompts for _ in range(args.count)]
 
 
 def _identity(args: argparse.Namespace, work: Work, patch: Any, state: PartialState) -> dict[str, Any]:

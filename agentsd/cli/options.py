@@ -47,7 +47,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_patch(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("patch")
     names = ", ".join((*agentsd.PRESETS, PAPER, UNPATCHED))
-    group.add_argument("--preset", default="balanced", help=f"{names}, or a JSON file of settings (default: balanced)")
+    group.add_argument(
+        "--preset", default="balanced", help=f"{names}, or a file of `agentsd tune` (default: balanced)"
+    )
     example = "settings beside it, as cache_interval=4"
     group.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=example)
 
@@ -62,6 +64,30 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=at_least(0), default=0, help="of the first image; the next has the next (default: 0)"
     )
+
+
+def add_prompts(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    source = parser.add_mutually_exclusive_group(required=required)
+    source.add_argument("--prompt", nargs="+", help="one or more prompts")
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt in each line")
+
+
+def prompts_of(args: argparse.Namespace) -> list[str] | None:
+    """What was given, by either way.
+
+    Raises:
+        CommandError: the file cannot be read, or has none.
+    """
+    if args.prompts is None:
+        return args.prompt  # type: ignore[no-any-return]
+    try:
+        lines = args.prompts.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--prompts {args.prompts}: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise CommandError(f"--prompts {args.prompts}: it has no prompt; write one in each line")
+    return prompts
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -93,12 +119,16 @@ def patch_of(args: argparse.Namespace) -> dict[str, Any] | None:
             raise CommandError(f"--set {args.set[0]}: there is no patch with --preset {UNPATCHED}")
         return None
     settings: dict[str, Any] = {"seed": args.seed} if "seed" in args else {}
-    if name.endswith(".json"):
-        settings |= _read(Path(name))
+    if name.endswith(".json"):  # as `agentsd.tune` saves them
+        try:
+            agentsd.Settings.of(Path(name), {})
+            settings |= json.loads(Path(name).read_text())["settings"]
+        except (OSError, TypeError, ValueError) as error:
+            raise CommandError(f"--preset {name}: {error}") from None
     elif name != PAPER:
         if name not in agentsd.PRESETS:
             allowed = ", ".join((*agentsd.PRESETS, PAPER, UNPATCHED))
-            raise CommandError(f"--preset {name}: expected one of {allowed}, or a JSON file of settings")
+            raise CommandError(f"--preset {name}: expected one of {allowed}, or a file of `agentsd tune`")
         settings["preset"] = name
     settings |= given
     try:
@@ -116,13 +146,3 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value.replace("True", "true").replace("False", "false").replace("None", "null"))
     except ValueError:
         return name, value
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--preset {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise CommandError(f'--preset {path}: expected a JSON object of settings, as {{"cache_interval": 4}}')
-    return found

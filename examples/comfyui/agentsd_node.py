@@ -26,6 +26,9 @@ from agentsd.schedule import Moment, Phase, full_calls
 from agentsd.wrapping import Wrap, wrap
 
 PAPER = "paper"
+PRESET_NAMES = [
+    name for name, given in PRESETS.items() if not given.get("cache_tolerance")
+]  # errors decide nothing here
 Grid = tuple[int, int]
 
 
@@ -224,7 +227,7 @@ class AgentSDPatch:
         return {
             "required": {
                 "model": ("MODEL",),
-                "preset": (["balanced", *(name for name in PRESETS if name != "balanced"), PAPER],),
+                "preset": (sorted([*PRESET_NAMES, PAPER], key="balanced".__ne__),),
                 "ratio": ("FLOAT", ratio),
             }
         }
