@@ -6,7 +6,8 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -20,7 +21,9 @@ from agentsd.wrapping import Weakly, forget_graphs
 Model = TypeVar("Model")
 
 
-def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None = None, **settings: Any) -> Model:
+def apply_patch(
+    model: Model, ratio: float | None = None, *, preset: str | Path | None = None, **settings: Any
+) -> Model:
     """Make a diffusers pipeline faster, in place, without training: agent attention early, token merging late.
 
     A patch that is already there is replaced. `remove_patch` undoes it, `report` says what was patched.
@@ -30,8 +33,9 @@ def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None 
             trajectory is that of the timestep in the schedule that it is an element of, or else in the training
             timesteps.
         ratio: share of the tokens to merge in each patched layer, 0.4 unless a preset says otherwise.
-        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"fast"`` or
-            ``"few_steps"``. Settings given beside it override it. None is the paper's schedule.
+        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"adaptive"``,
+            ``"fast"`` or ``"few_steps"``, or the `pathlib.Path` of a file that `agentsd.tune` has saved. Settings
+            given beside it override it. None is the paper's schedule.
         settings: as `agentsd.Settings` documents them.
 
     Returns:
@@ -89,7 +93,7 @@ def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:
     nets = controlnets_of(model)
     if not nets:
         raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
-    alone = replace(settings, cache_interval=1, cache_cell=1)
+    alone = settings.all_full
     if not alone.acts:
         warnings.warn(
             "patch_controlnet=True changes nothing where full calls are left alone: give a ratio.", stacklevel=3
@@ -114,8 +118,15 @@ def remove_patch(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, ratio: float | None = None, **settings: Any) -> Iterator[Model]:
     """`apply_patch`, with its arguments, for a ``with`` block; afterwards ``model`` is as it was, patched or not."""
+    with without_patch(model):
+        yield apply_patch(model, ratio, **settings)
+
+
+@contextmanager
+def without_patch(model: Model) -> Iterator[Model]:
+    """`remove_patch` for a ``with`` block; afterwards ``model`` is as it was, patched or not."""
     before = patch_of(model)
-    apply_patch(model, ratio, **settings)
+    remove_patch(model)
     try:
         yield model
     finally:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agentsd.control import Controller, Table
 from agentsd.hosts import Inputs, Middle
 from agentsd.planner import Call, Now
 from agentsd.processor import keeper
-from agentsd.schedule import Moment, full_calls, interval_of
+from agentsd.schedule import Moment, interval_of
 from agentsd.settings import Settings
 from agentsd.tracks import MOST_LANES, Condition, Track
 from agentsd.wrapping import Weakly, Wrap, wrap
@@ -64,10 +65,9 @@ class Reuse:
                 "each follows. Give their samples in fewer, larger calls"
             )
         track.step_to(moment.call)
-        lane = track.lane(Condition.of(inputs), self.settings.cache_order)
+        lane = track.lane(Condition.of(inputs), self.settings.cache_order, self.settings.cache_tolerance > 0)
         lane.begin()
-        place = moment.call if moment.calls is not None else lane.calls
-        planned = place >= len(track.full) or track.full[place]
+        planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
         lane.due = lane.due or not cached
         self._count(full=not cached)
@@ -87,8 +87,8 @@ class Reuse:
             if track.schedule == moment.schedule and track.follows(moment):
                 return track
         begin = moment.call if moment.calls is not None else 0
-        full = full_calls(moment.calls, self.settings, begin)
-        new = Track(moment.schedule, full, moment.calls, moment.call, read_by=self._reader())
+        pace = (Controller if self.settings.cache_tolerance else Table)(self.settings, moment.calls, begin)
+        new = Track(moment.schedule, pace, moment.calls, moment.call, read_by=self._reader())
         others = [track for track in tracks if track.schedule != moment.schedule and not track.ended]
         tracks[:] = [*others[1 - MOST_TRACKS :], new]
         return new

@@ -77,7 +77,8 @@ class Trajectory:
             return Moment(*_steps(scheduler, found), found, known, _Schedule(timesteps), mixed)
         noise = trained if math.isnan(value) else math.floor(min(max(value, 0), trained))
         step = max(trained - 1 - noise, 0)
-        return Moment(step, trained, step, mixed=mixed)
+        alone = None if 0 <= value <= trained else object()  # what is no timestep is part of no trajectory
+        return Moment(step, trained, step, schedule=alone, mixed=mixed)
 
     def _schedule_around(self, timestep: Tensor) -> list[float] | None:
         """The values of the schedule that ``timestep`` is an element of; None where it is no element of one."""

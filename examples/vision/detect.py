@@ -1,33 +1,28 @@
 """Boxes and masks of what an image shows, drawn into it.
 
-python examples/vision/detect.py scene.png --weights runs/detect-agent/model.safetensors --output boxes.png
+python examples/vision/detect.py --weights runs/detect-agent/model.safetensors
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from emoji_scenes import CLASSES
-from safetensors.torch import load_file
-from tasks import ATTENTION, COLOURS, Detect, picture, sizes, write
+from tasks import COLOURS
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from trained import load, parser, picture, write
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", type=Path)
-    parser.add_argument("--weights", type=Path, required=True, help="model.safetensors that train.py has written")
-    parser.add_argument("--attention", choices=ATTENTION, default="agent", help="what the weights were trained with")
-    parser.add_argument("--least", type=float, default=0.5, help="confidence to draw a box for")
-    parser.add_argument("--output", type=Path, default=Path("detected.png"))
-    args = parser.parse_args()
-    model = Detect.build(sizes(args.attention))
-    model.load_state_dict(load_file(args.weights))
-    image = picture(args.image)
-    found = model.eval()([image])[0]
+    options = parser(__doc__, "detected.png")
+    options.add_argument("--weights", type=Path, required=True, help="model.safetensors that train.py has written")
+    options.add_argument("--least", type=float, default=0.5, help="confidence to draw a box for")
+    args = options.parse_args()
+    model, size = load(args.weights, "detect")
+    image = picture(args.image, size)
+    found = model([image])[0]
     sure = found["scores"] >= args.least
     labels, masks = found["labels"][sure] - 1, found["masks"][sure, 0] > 0.5
     for label, score, box in zip(labels, found["scores"][sure], found["boxes"][sure], strict=True):

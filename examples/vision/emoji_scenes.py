@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, read_image
+from torchvision.transforms.functional import pil_to_tensor
 
 CLASSES = {
     "smiley": "Smileys & Emotion",
@@ -82,7 +83,7 @@ class Scenes:
             and (zlib.crc32(entry["unified"].encode()) % 5 == 0) == held_out
         ]
         files = (folder / "img/google/64" / entry["image"] for entry in chosen)
-        self.emoji = torch.stack([read_image(str(file), ImageReadMode.RGB_ALPHA) for file in files]).to(device)
+        self.emoji = torch.stack([pil_to_tensor(Image.open(file).convert("RGBA")) for file in files]).to(device)
         self.labels = torch.tensor([category[entry["category"]] for entry in chosen], device=device)
         self.things, self.size, self.scales, self.device = things, size, scales, device
         self.generator = torch.Generator(device).manual_seed(seed)

@@ -10,7 +10,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from emoji_scenes import CLASSES, Batch, Scenes
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -19,19 +18,18 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
-from torchvision.transforms.functional import center_crop, normalize, pil_to_tensor, resize
+from torchvision.transforms.functional import normalize
 
 import agentsd.vision  # noqa: F401 (registers the models)
 from agentsd.vision.detection import mask_rcnn
 
-# A small Agent-PVT: 2.4 million parameters as a classifier, and as many agents as 128 pixels leave tokens for.
+# A small Agent-PVT: 2.3 million parameters as a classifier, and no more agents than a stage of 64 pixels has tokens.
 SMALL: dict[str, Any] = {
-    "img_size": 128,
     "depths": (2, 2, 2, 2),
     "dims": (32, 64, 128, 256),
     "num_heads": (1, 2, 4, 8),
     "mlp_ratios": (4, 4, 4, 4),
-    "agents": (9, 9, 16, 9),
+    "agents": (9, 9, 9, 4),
 }
 FEATURES = {"downstream_agent_shapes": ((3, 3), (3, 3), (4, 4), (3, 3))}
 COLOURS = ["#f4c20d", "#db4437", "#0f9d58", "#ff7043", "#4285f4", "#ab47bc", "#00acc1"]  # of CLASSES
@@ -45,25 +43,6 @@ def normalised(images: Tensor) -> Tensor:
     return normalize(images, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def sizes(attention: str) -> dict[str, Any]:
-    """timm's options for the small model of that attention."""
-    return {**SMALL, **ATTENTION[attention]}
-
-
-def picture(path: Path) -> Tensor:
-    """(3, S, S) between 0 and 1: the middle of an image file, on white, at the size that is trained for."""
-    image = Image.open(path).convert("RGBA")
-    on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    size = SMALL["img_size"]
-    return center_crop(resize(pil_to_tensor(on_white), size, antialias=True), [size, size]).float() / 255
-
-
-def write(path: Path, image: Tensor) -> None:
-    """Saves (3, H, W) bytes, four times as large."""
-    Image.fromarray(F.interpolate(image[None], scale_factor=4)[0].permute(1, 2, 0).numpy()).save(path)
-    print(f"wrote {path}")
-
-
 class Task:
     """What `train.py` needs to know of a task.
 
@@ -72,6 +51,7 @@ class Task:
         device: where scenes are drawn.
     """
 
+    size = 96
     things = 4
     scales = (0.2, 0.5)
     learning_rate = 1e-3
@@ -80,13 +60,17 @@ class Task:
     precision = "bf16"  # on a GPU
 
     def __init__(self, folder: Path, device: torch.device, seed: int = 0):
-        drawn = {"things": self.things, "scales": self.scales, "device": device}
+        drawn = {"size": self.size, "things": self.things, "scales": self.scales, "device": device}
         self.training = Scenes(folder, held_out=False, seed=seed, **drawn)
         self.held_out = Scenes(folder, held_out=True, seed=1, **drawn)
 
-    @staticmethod
-    def build(options: dict[str, Any]) -> nn.Module:
-        """The model, with `options` for timm's."""
+    @classmethod
+    def options(cls, attention: str) -> dict[str, Any]:
+        """timm's, for the small model of that attention."""
+        return {**SMALL, **ATTENTION[attention], "img_size": cls.size}
+
+    @classmethod
+    def build(cls, attention: str) -> nn.Module:
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -105,16 +89,17 @@ class Task:
 class Classify(Task):
     """Which of the classes a picture of one emoji shows."""
 
-    things, scales, batch, steps = 1, (0.35, 0.9), 256, 4000
+    size, things, scales = 64, 1, (0.35, 0.9)
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=len(CLASSES))
+        self.mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, prob=0.5, label_smoothing=0.1, num_classes=len(CLASSES))
         self.cross_entropy = SoftTargetCrossEntropy()
 
-    @staticmethod
-    def build(options: dict[str, Any]) -> nn.Module:
-        return timm.create_model("agent_pvt_tiny", num_classes=len(CLASSES), drop_path_rate=0.1, **options)
+    @classmethod
+    def build(cls, attention: str) -> nn.Module:
+        options = {"num_classes": len(CLASSES), "drop_path_rate": 0.1, **cls.options(attention)}
+        return timm.create_model("agent_pvt_tiny", **options)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, target = self.mixup(normalised(batch.images), batch.labels[:, 0])
@@ -136,20 +121,20 @@ class Detect(Task):
 
     learning_rate, batch, steps, precision = 5e-4, 32, 2000, "no"  # torchvision makes anchors in the maps' precision
 
-    @staticmethod
-    def build(options: dict[str, Any]) -> nn.Module:
-        anchors = AnchorGenerator(tuple((size,) for size in (16, 24, 32, 48, 64)), ((0.5, 1.0, 2.0),) * 5)
-        size, hidden = options["img_size"], 256
+    @classmethod
+    def build(cls, attention: str) -> nn.Module:
+        anchors = AnchorGenerator(tuple((side,) for side in (12, 18, 24, 36, 48)), ((0.5, 1.0, 2.0),) * 5)
+        hidden = 256
         return mask_rcnn(
             "agent_pvt_tiny",
             None,
-            {**options, **FEATURES},
+            {**cls.options(attention), **FEATURES},
             box_head=TwoMLPHead(256 * 7 * 7, hidden),
             box_predictor=FastRCNNPredictor(hidden, 1 + len(CLASSES)),
             mask_predictor=MaskRCNNPredictor(256, 64, 1 + len(CLASSES)),
             rpn_anchor_generator=anchors,
-            min_size=size,
-            max_size=size,
+            min_size=cls.size,
+            max_size=cls.size,
             rpn_pre_nms_top_n_train=500,
             rpn_post_nms_top_n_train=200,
             rpn_pre_nms_top_n_test=200,
@@ -194,9 +179,9 @@ class Detect(Task):
 class Segment(Task):
     """The class of every pixel: UPerNet."""
 
-    @staticmethod
-    def build(options: dict[str, Any]) -> nn.Module:
-        options = {**options, **FEATURES}
+    @classmethod
+    def build(cls, attention: str) -> nn.Module:
+        options = {**cls.options(attention), **FEATURES}
         return smp.UPerNet("tu-agent_pvt_tiny", encoder_weights=None, decoder_channels=96, classes=8, **options)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

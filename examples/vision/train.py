@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from safetensors.torch import save_file
-from tasks import ATTENTION, TASKS, Task, sizes
+from tasks import ATTENTION, TASKS, Task
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -65,7 +65,7 @@ class Run:
         self.task: Task = TASKS[args.task](args.emoji, self.accelerator.device, args.seed)
         self.task.batch = args.batch or self.task.batch
         self.steps: int = args.steps or self.task.steps
-        model = self.task.build(sizes(args.attention)).to(self.accelerator.device)
+        model = self.task.build(args.attention).to(self.accelerator.device)
         optimizer = create_optimizer_v2(model, "adamw", self.task.learning_rate, args.weight_decay)
         self.ema = ModelEmaV3(model, decay=0.998, use_warmup=True)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -74,6 +74,7 @@ class Run:
             "attention": args.attention,
             "parameters": sum(p.numel() for p in model.parameters()),
             "batch": self.task.batch,
+            "pixels": self.task.size,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
             "step": 0,
             "seconds": 0.0,
@@ -116,7 +117,9 @@ class Run:
     def save(self) -> None:
         """Curves, averaged weights in half precision, and the state to go on from."""
         weights = {name: x.half() if x.is_floating_point() else x for name, x in self.ema.module.state_dict().items()}
-        save_file({name: x.contiguous() for name, x in weights.items()}, self.output / "model.safetensors")
+        weights = {name: x.contiguous() for name, x in weights.items()}
+        about = {"task": self.args.task, "attention": self.args.attention}  # so that whoever loads it can build it
+        save_file(weights, self.output / "model.safetensors", about)
         torch.save(self.ema.state_dict(), self.output / "ema.pt")
         self.accelerator.save_state(str(self.output / "state"))
         self.write_history()

@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "examples/vision"
 sys.path.insert(0, str(EXAMPLES))
 
 from emoji_scenes import CLASSES, Scenes  # noqa: E402
-from tasks import TASKS, sizes  # noqa: E402
+from tasks import TASKS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_scenes_say_what_they_show(emoji: Path) -> None:
 
 def test_twins_are_of_one_size() -> None:
     for task in TASKS.values():
-        agent, softmax = (sum(p.numel() for p in task.build(sizes(a)).parameters()) for a in ("agent", "softmax"))
+        agent, softmax = (sum(p.numel() for p in task.build(a).parameters()) for a in ("agent", "softmax"))
         assert softmax < agent < 1.06 * softmax
 
 
@@ -83,11 +83,12 @@ def test_training_goes_on_and_its_model_is_used(
     assert history["step"] == 3 and history["evaluations"][-1]["step"] == 3
     save_image(Scenes(emoji, held_out=True, things=2).draw(1).images[0], scene)
     weights = ("--weights", output / "model.safetensors")
+    printed = run(EXAMPLES / f"{task}.py", scene, *weights, "--output", drawn)
+    assert drawn.exists()
     if task == "classify":
-        assert any(name in run(EXAMPLES / "classify.py", scene, *weights) for name in CLASSES)
-    else:
-        run(EXAMPLES / f"{task}.py", scene, *weights, "--output", drawn)
-        assert drawn.exists()
+        assert all(name in CLASSES for name in printed.split("wrote")[0].split()[1::2])
+        with pytest.raises(AssertionError, match="not for 'detect'"):
+            run(EXAMPLES / "detect.py", scene, *weights)
 
 
 def test_benchmark_on_a_folder_of_images(tmp_path: Path, run: Callable[..., str]) -> None:

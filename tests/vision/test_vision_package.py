@@ -11,16 +11,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agentsd.vision import AgentAttention
 
-WITHOUT_TIMM = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "timm" else find(name, *rest)
+TORCH_ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(["diffusers", "transformers", "accelerate", "timm", "torchvision"]))  # not to be had
 import agentsd.vision as vision
 vision.AgentAttention(24, 3, (4, 4)), vision.agent_attention
-assert not any(name.split(".")[0] in ("timm", "segmentation_models_pytorch") for name in sys.modules)
 try:
     vision.AgentPVT
 except ImportError as error:
+    print(error)
+"""
+WHATEVER_IS_PUBLIC = """
+import sys, agentsd
+assert not {"diffusers", "timm", "agentsd.vision"} & set(sys.modules)
+assert set(agentsd.__all__) <= set(dir(agentsd))
+for name in agentsd.__all__:
+    value = getattr(agentsd, name)
+    assert value is vars(agentsd)[name] is getattr(sys.modules[f"agentsd.{agentsd._HOMES[name]}"], name)
+assert not {"timm", "agentsd.vision"} & set(sys.modules)
+try:
+    agentsd.apply_match
+except AttributeError as error:
     print(error)
 """
 
@@ -29,14 +40,12 @@ def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-def test_without_timm_there_is_the_module_and_the_command_to_install_it() -> None:
-    assert 'pip install "agentsd[vision]"' in python(WITHOUT_TIMM)
+def test_the_module_needs_torch_alone_and_a_model_names_the_command_to_install_it() -> None:
+    assert python(TORCH_ALONE) == 'agentsd.vision.AgentPVT needs timm: pip install "agentsd[vision]"\n'
 
 
-def test_the_package_does_not_import_vision() -> None:
-    assert (
-        python("import sys, agentsd; print('agentsd.vision' in sys.modules, 'timm' in sys.modules)") == "False False\n"
-    )
+def test_public_names_are_imported_when_they_are_asked_for() -> None:
+    assert python(WHATEVER_IS_PUBLIC) == "module 'agentsd' has no attribute 'apply_match'\n"
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
