@@ -185,7 +185,8 @@ def test_what_tune_finds_is_a_preset(settings, tmp_path, monkeypatch, capsys):
     assert path.exists() == (settings is not None)
     if settings:
         assert run("report", "--device", "cpu", "--preset", path, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["settings"] == asdict(agentsd.Settings.of("fast", {"ratio": 0.3}))
+        expected = agentsd.Settings.of("fast", {"ratio": 0.3, "min_tokens": 0})  # as in all tests
+        assert json.loads(capsys.readouterr().out)["settings"] == asdict(expected)
 
 
 def test_info(capsys):
