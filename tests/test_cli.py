@@ -184,8 +184,8 @@ def test_what_tune_finds_is_a_preset(settings, tmp_path, monkeypatch, capsys):
     assert found["trials"][0]["worst"] is None and found["file"] == (str(path) if settings else None)
     assert path.exists() == (settings is not None)
     if settings:
+        expected = agentsd.Settings.of("fast", {"ratio": 0.3, "min_tokens": 0})  # as the tests have it everywhere
         assert run("report", "--device", "cpu", "--preset", path, "--json") == 0
-        expected = agentsd.Settings.of("fast", {"ratio": 0.3, "min_tokens": 0})  # as in all tests
         assert json.loads(capsys.readouterr().out)["settings"] == asdict(expected)
 
 

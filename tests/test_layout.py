@@ -41,9 +41,10 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "apply": "wrapping settings hosts models patch",
     "costs": "schedule matching planner block",
     "reports": "schedule control costs settings hosts planner processor block models patch",
-    "tuning": "apply models",
-    "agentsd": "settings apply reports tuning",
-    "cli": "tuning agentsd",
+    "trials": "",
+    "tuning": "apply models trials",
+    "agentsd": "settings apply reports trials tuning",
+    "cli": "trials tuning agentsd",
     "__main__": "cli",
     "vision": "attention",
 }
