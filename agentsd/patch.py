@@ -18,7 +18,7 @@ from agentsd.reuse import Reuse
 from agentsd.schedule import Moment
 from agentsd.settings import Settings
 from agentsd.trajectory import Trajectory
-from agentsd.wrapping import Weakly, Wrap, is_running, outside_the_graph, refuse_tracing, wrap
+from agentsd.wrapping import Weakly, Wrap, forget_graphs, is_running, outside_the_graph, refuse_tracing, wrap
 
 ATTRIBUTE = "_agentsd_patch"
 
@@ -71,6 +71,7 @@ class Patch:
         if self.capture is not None:
             self._wraps.append((net, wrap(net, self.capture)))
         setattr(net, ATTRIBUTE, self)
+        forget_graphs()
         for other, patch in self.nets:
             if (alive := other()) is not None:
                 patch.attach(alive)
@@ -91,6 +92,7 @@ class Patch:
         net.__dict__.pop(ATTRIBUTE, None)
         self._now.call = None
         self._now.tracks.clear()
+        forget_graphs()
         for other, patch in self.nets:
             if (alive := other()) is not None and getattr(alive, ATTRIBUTE, None) is patch:
                 patch.detach(alive)

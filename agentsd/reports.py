@@ -230,7 +230,7 @@ def _layers(net: Any, patch: Patch, measure: bool) -> list[LayerReport]:
         attn = modules.get(f"{site.name}.attn1")
         phases, notes = _done(planned, unchanged, block, attn)
         known = [phase for phase in (*settings.phases, settings.cached) if phase is not None]
-        seconds = attention_seconds(block, attn, grid, known, phases) if measure and attn is not None else {}
+        seconds = attention_seconds(block, attn, grid, known, phases) if measure and hasattr(attn, "processor") else {}
         layers.append(LayerReport(site.name, grid, phases, "; ".join(dict.fromkeys(notes)), seconds))
     return layers
 
@@ -240,7 +240,7 @@ def _done(planned: Phases, unchanged: Counts, block: PatchedBlock, attn: Any) ->
     settings = block.settings
     if unchanged.tokens < settings.min_tokens:
         return planned, [f"unchanged: fewer tokens than min_tokens={settings.min_tokens}"]
-    if attn is None:
+    if not hasattr(attn, "processor"):
         return dict.fromkeys(planned, unchanged), ["left alone: it has been replaced since"]
     phases, notes = dict(planned), list[str]()
     for name, counts in planned.items():
