@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from agentsd.hosts import host_of
-from agentsd.models import SUPPORTED, controlnets_of, unet_of
-from agentsd.patch import ATTRIBUTE, Patch, patch_of
+from agentsd.models import SUPPORTED, controlnets_of, denoiser_of
+from agentsd.patch import Patch, patch_of
 from agentsd.settings import Settings
-from agentsd.wrapping import Weakly, forget_graphs
+from agentsd.wrapping import Weakly
 
 Model = TypeVar("Model")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None = None, **settings: Any) -> Model:
+def _with_settings(function: Function) -> Function:
+    """Each setting by its name and default, and what it does, for `help` and notebooks."""
+    own = inspect.signature(function)
+    *first, _ = own.parameters.values()
+    rest = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Settings)
+        if field.name != "ratio"
+    ]
+    function.__signature__ = own.replace(parameters=[*first, *rest])  # type: ignore[attr-defined]
+    described = (Settings.__doc__ or "").partition("Attributes:\n")[2].partition("    Raises:")[0].rstrip()
+    function.__doc__ = (function.__doc__ or "").replace("        settings: as `Settings` documents them.", described)
+    return function
+
+
+@_with_settings
+def apply_patch(
+    model: Model, ratio: float | None = None, *, preset: str | Path | None = None, **settings: Any
+) -> Model:
     """Make a diffusers pipeline faster, in place, without training: agent attention early, token merging late.
 
     A patch that is already there is replaced. `remove_patch` undoes it, `report` says what was patched.
 
     Args:
-        model: a pipeline, or its UNet. With a UNet alone there is no scheduler to follow: the place in the trajectory
-            is that of the timestep in the schedule that it is an element of, or else in the training timesteps.
+        model: a pipeline, or its denoiser. With a denoiser alone there is no scheduler to follow: the place in the
+            trajectory is that of the timestep in the schedule that it is an element of, or else in the training
+            timesteps.
         ratio: share of the tokens to merge in each patched layer, 0.4 unless a preset says otherwise.
-        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"fast"`` or
-            ``"few_steps"``. Settings given beside it override it. None is the paper's schedule.
-        settings: as `agentsd.Settings` documents them.
+        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"adaptive"``,
+            ``"fast"`` or ``"few_steps"``, or the `pathlib.Path` of a file that `agentsd.tune` has saved. Settings
+            given beside it override it. None is the paper's schedule.
+        settings: as `Settings` documents them.
 
     Returns:
         ``model``.
@@ -43,21 +65,29 @@ def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None 
     """
     given = settings if ratio is None else {"ratio": ratio, **settings}
     chosen = Settings.of(preset, given)
-    unet = unet_of(model)
-    host = host_of(unet)
-    found = sorted({site.downsample for site in host.sites(unet) if not site.skip})
-    if not found:
+    net = denoiser_of(model)
+    host = host_of(net)
+    sites = host.sites(net)
+    found = sorted({site.downsample for site in sites if not site.skip})
+    joint = any("joint" in site.skip for site in sites)
+    if not found and not joint:
         raise ValueError(f"{type(model).__name__} has no self-attention to patch: expected {SUPPORTED}.")
-    if chosen.max_downsample is not None and chosen.max_downsample < found[0]:
+    if joint and (chosen.ratio or chosen.sample_kv):
+        asked = "sample_kv=True" if chosen.sample_kv else f"ratio={chosen.ratio:g}"
         raise ValueError(
-            f"max_downsample={chosen.max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
+            f"{asked} is not allowed: agentsd leaves the joint attention of {type(net).__name__} as it is, and reuses "
+            'features alone. Give preset="balanced" or "quality", or ratio=0 and a cache_interval.'
+        )
+    if found and chosen.max_downsample is not None and chosen.max_downsample < found[0]:
+        raise ValueError(
+            f"max_downsample={chosen.max_downsample} is not allowed: {type(net).__name__} has self-attention at "
             f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
         )
     if not chosen.acts and not chosen.reuses and not chosen.cuda_graphs:
         why = "ratio=0" if chosen.ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
-    pipeline = model if hasattr(model, "unet") else None
-    patch = Patch(unet, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
+    pipeline = model if hasattr(model, "scheduler") else None
+    patch = Patch(net, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
     for net, alone in _controlnets(model, chosen).items():
         patch.nets.append((Weakly(net), Patch(net, host_of(net), alone, pipeline)))
     remove_patch(model)
@@ -65,8 +95,7 @@ def apply_patch(model: Model, ratio: float | None = None, *, preset: str | None 
         raise RuntimeError(
             "agentsd: a denoiser cannot be patched anew in the middle of its own call: do it between two."
         )
-    patch.attach(unet)
-    forget_graphs()
+    patch.attach(net)
     return model
 
 
@@ -80,7 +109,7 @@ def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:
     nets = controlnets_of(model)
     if not nets:
         raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
-    alone = replace(settings, cache_interval=1, cache_cell=1)
+    alone = settings.all_full
     if not alone.acts:
         warnings.warn(
             "patch_controlnet=True changes nothing where full calls are left alone: give a ratio.", stacklevel=3
@@ -91,48 +120,27 @@ def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:
 
 def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`, in place: no hook and no attribute of it is left. Returns ``model``, patched or not."""
-    removed = False
-    for net in (unet_of(model), *controlnets_of(model).values()):
-        patch = getattr(net, ATTRIBUTE, None)
-        if patch is not None:
+    for net in (denoiser_of(model), *controlnets_of(model).values()):
+        if (patch := patch_of(net)) is not None:
             patch.detach(net)
-            removed = True
-    if removed:
-        forget_graphs()
     return model
 
 
 @contextmanager
 def patched(model: Model, ratio: float | None = None, **settings: Any) -> Iterator[Model]:
     """`apply_patch`, with its arguments, for a ``with`` block; afterwards ``model`` is as it was, patched or not."""
+    with without_patch(model):
+        yield apply_patch(model, ratio, **settings)
+
+
+@contextmanager
+def without_patch(model: Model) -> Iterator[Model]:
+    """`remove_patch` for a ``with`` block; afterwards ``model`` is as it was, patched or not."""
     before = patch_of(model)
-    apply_patch(model, ratio, **settings)
+    remove_patch(model)
     try:
         yield model
     finally:
         remove_patch(model)
         if before is not None:
-            before.attach(unet_of(model))
-            forget_graphs()
-
-
-def _documented(own: str) -> str:
-    """With the settings in the place where they are referred to."""
-    described = (Settings.__doc__ or "").split("Attributes:\n")[1].split("    Raises:")[0].rstrip()
-    return own.replace("        settings: as `agentsd.Settings` documents them.", described)
-
-
-def _signature() -> inspect.Signature:
-    """With every setting by its name and default, for `help` and editors."""
-    own = inspect.signature(apply_patch)
-    *first, _ = own.parameters.values()
-    rest = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Settings)
-        if field.name != "ratio"
-    ]
-    return own.replace(parameters=[*first, *rest])
-
-
-apply_patch.__doc__ = _documented(apply_patch.__doc__ or "")
-apply_patch.__signature__ = _signature()  # type: ignore[attr-defined]
+            before.attach(denoiser_of(model))

@@ -10,10 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Site
-from agentsd.matching import Edges, Matching, bipartite_soft_matching
+from agentsd.matching import Edges, bipartite_soft_matching
 from agentsd.merge import merge, unmerge
 from agentsd.planner import BlockPlan, Call, Now, Running
-from agentsd.processor import AgentAttnProcessor, can_sample_kv, can_use_agents, keeper
+from agentsd.processor import AgentAttnProcessor, keeper, possible
 from agentsd.settings import Settings
 
 
@@ -46,8 +46,8 @@ class PatchedBlock:
         samples = settings.sample_kv or settings.cached is not None
         layers = [
             (block.attn1, self._before_self_attention, settings.merge_attn or samples),
-            (block.attn2, self._merge, settings.merge_crossattn and block.attn2 is not None),
-            (block.ff, self._merge, settings.merge_mlp),
+            (block.attn2, self._before_layer, settings.merge_crossattn and block.attn2 is not None),
+            (block.ff, self._before_layer, settings.merge_mlp),
         ]
         handles = [
             block.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -63,6 +63,15 @@ class PatchedBlock:
     def reset(self, attn: Any) -> None:
         """Leave nothing in the block's self-attention of calls that an error has cut off."""
         self._processor.give_back(attn, calls=2**31)
+
+    def attend(self, attn: Any, x: Tensor, plan: BlockPlan | None) -> Tensor:
+        """The block's self-attention of (B, N, C) tokens as in a call with this plan, or with none."""
+        under_way, self._now.call = self._now.call, Call(running=Running(plan, x) if plan is not None else None)
+        try:
+            output: Tensor = attn(x)
+        finally:
+            self._now.call = under_way
+        return output
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -97,52 +106,45 @@ class PatchedBlock:
         return edges
 
     def _before_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        running = self._running()
-        if running is None:
+        running, merges = self._running(), self.settings.merge_attn
+        if running is None or not (merges or running.plan.counts.keys) or self._has_mask(kwargs):
             return None
         if len(args) > 1 or kwargs.get("encoder_hidden_states") is not None:
             return self._leave_alone("keys", "self-attention is given keys and values of somebody else's")
         if args[0].shape[:2] != running.x.shape[:2]:
             tokens = f"{args[0].shape[1]} tokens of {running.x.shape[1]}"
             return self._leave_alone("tokens", f"its attention is over {tokens}")
-        counts = running.plan.counts
+        counts, why = possible(attn, running.plan.counts)
+        if not counts.changed:
+            return self._leave_alone("processor", why)
+        self.aside.pop("processor", None)  # it has another since
         if counts.keys:
-            return self._sample(attn, args, kwargs, running)
-        if not self.settings.merge_attn:
-            return None
-        merged = self._merge(attn, args, kwargs)
-        if running.merged and counts.agents and can_use_agents(attn):
+            return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, running.plan.partition.dst)}
+        if counts.agents:
             agents = self._edges(running).cut(counts.tokens - counts.agents)
             running.agents = merge(args[0], agents)
             self._processor.take_over(attn)
-        return merged
+        return self._merged(running, args, kwargs)
 
-    def _sample(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], running: Running) -> Any:
-        if not can_sample_kv(attn):
-            self._leave_alone("processor", f"{type(attn.processor).__name__} cannot sample keys and values")
-        elif not self._has_mask(kwargs):
-            return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, running.plan.partition.dst)}
-        return None
-
-    def _merge(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running = self._running()
         if running is None or running.plan.counts.keys or self._has_mask(kwargs):
             return None
-        x, counts = args[0], running.plan.counts
         if name := keeper(layer):
-            self._leave_alone("keeper", f"{name} may keep what a {type(layer).__name__} gives")
-            return None
-        if x.shape[:2] != running.x.shape[:2]:
+            return self._leave_alone("keeper", f"{name} may keep what a {type(layer).__name__} gives")
+        if args[0].shape[:2] != running.x.shape[:2]:
             raise RuntimeError(
-                f"A layer of {self.site.name} got {tuple(x.shape[:2])} samples and tokens of its block's "
+                f"A layer of {self.site.name} got {tuple(args[0].shape[:2])} samples and tokens of its block's "
                 f"{tuple(running.x.shape[:2])}, so they cannot be merged. Feed-forward chunking does that: call "
-                "disable_forward_chunking() on the UNet, or patch with merge_mlp=False."
+                "disable_forward_chunking() on the denoiser, or patch with merge_mlp=False."
             )
+        return self._merged(running, args, kwargs)
+
+    def _merged(self, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if running.matching is None:
-            running.matching = self._edges(running).cut(counts.merged)
+            running.matching = self._edges(running).cut(running.plan.counts.merged)
         running.merged = True
-        matching: Matching = running.matching
-        return (merge(x, matching), *args[1:]), kwargs
+        return (merge(args[0], running.matching), *args[1:]), kwargs
 
     def _unmerge(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         running = self._running()

@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class Arriving:
+    """A number on its way from the device. Reading it waits for no more than what was asked of the device before."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.to("cpu", non_blocking=True)
+        self._event: Any = torch.cuda.Event() if number.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(number.device))
+
+    @property
+    def value(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._number)
+
+
+def worst_error(estimate: Tensor, features: Tensor) -> Tensor:
+    """|estimate - features| / |features| of the worst sample: (B, ...) and (B, ...) -> ()."""
+    off = torch.linalg.vector_norm((estimate - features).flatten(1), dim=1, dtype=torch.float32)
+    size = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float32)
+    worst: Tensor = (off / size.clamp_min(1e-12)).amax()
+    return worst
 
 
 @dataclass
@@ -19,6 +45,8 @@ class Lane:
         age: how many calls ago the latest are.
         calls: how many there were before the present one.
         due: whether a full call was begun that has not remembered anything yet.
+        measures: whether full calls compare the features with their estimate.
+        error: of the estimate at the last full call, where it was compared.
     """
 
     order: int
@@ -28,6 +56,8 @@ class Lane:
     age: int = 0
     calls: int = -1
     due: bool = True
+    measures: bool = False
+    error: Arriving | None = None
 
     def begin(self) -> None:
         self.calls, self.age = self.calls + 1, self.age + 1
@@ -38,6 +68,10 @@ class Lane:
         No line is drawn from the first call's: features move too fast there for a line to tell where they are heading
         (benchmarks/NOTES.md).
         """
+        known = (
+            self.measures and self.latest is not None and not (features.is_meta or isinstance(features, FakeTensor))
+        )
+        self.error = Arriving(worst_error(self.estimate(), features)) if known else None
         self.previous = self.latest if self.order and self.calls > 1 else None
         self.latest, self.gap, self.age, self.due = features, self.age, 0, False
 

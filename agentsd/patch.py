@@ -12,13 +12,13 @@ from agentsd.block import PatchedBlock
 from agentsd.capture import Capture
 from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Host, Inputs, Middle, Site
-from agentsd.models import unet_of
+from agentsd.models import denoiser_of
 from agentsd.planner import Call, Draws, Grid, Now, plan
 from agentsd.reuse import Reuse
 from agentsd.schedule import Moment
 from agentsd.settings import Settings
 from agentsd.trajectory import Trajectory
-from agentsd.wrapping import Weakly, Wrap, is_running, outside_the_graph, refuse_tracing, wrap
+from agentsd.wrapping import Weakly, Wrap, forget_graphs, is_running, outside_the_graph, refuse_tracing, wrap
 
 ATTRIBUTE = "_agentsd_patch"
 
@@ -71,6 +71,7 @@ class Patch:
         if self.capture is not None:
             self._wraps.append((net, wrap(net, self.capture)))
         setattr(net, ATTRIBUTE, self)
+        forget_graphs()
         for other, patch in self.nets:
             if (alive := other()) is not None:
                 patch.attach(alive)
@@ -91,6 +92,7 @@ class Patch:
         net.__dict__.pop(ATTRIBUTE, None)
         self._now.call = None
         self._now.tracks.clear()
+        forget_graphs()
         for other, patch in self.nets:
             if (alive := other()) is not None and getattr(alive, ATTRIBUTE, None) is patch:
                 patch.detach(alive)
@@ -110,7 +112,7 @@ class Patch:
     def _call(self, net: nn.Module, inputs: Inputs) -> Call:
         settings, moment = self.settings, Moment(0, 1)
         if self.reuse is not None or (self.blocks and (settings.use_rand or len(settings.phases) > 1)):
-            moment = self.trajectory.locate(inputs.timestep)
+            moment = self.trajectory.locate(inputs.timestep, inputs.divisor)
         call = self.reuse.before_call(moment, inputs) if self.reuse is not None else Call()
         if call.lane is not None and call.lane.calls == 0:
             self.calls = {"full": 0, "cached": 0}
@@ -181,5 +183,5 @@ def select(sites: list[Site], settings: Settings) -> list[Site]:
 
 def patch_of(model: Any) -> Patch | None:
     """The patch on ``model``, if there is one."""
-    patch: Patch | None = getattr(unet_of(model), ATTRIBUTE, None)
+    patch: Patch | None = getattr(denoiser_of(model), ATTRIBUTE, None)
     return patch

@@ -36,22 +36,6 @@ def processor_of(attn: Any) -> Any:
     return processor.own if isinstance(processor, AgentAttnProcessor) else processor
 
 
-def can_use_agents(attn: Any) -> bool:
-    """Whether agent attention can stand in for ``attn``: plain self-attention without extras of its own."""
-    if type(processor_of(attn)) not in PLAIN_PROCESSORS:
-        return False
-    return not (attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None)
-
-
-def can_sample_kv(attn: Any) -> bool:
-    """Whether ``attn`` may take its keys and values from other rows than its queries: a fused projection cannot.
-
-    The processor says which projection runs. A layer that was fused and unfused still claims to be fused.
-    """
-    processor = type(processor_of(attn))
-    return processor in PLAIN_PROCESSORS and processor.__name__ != "FusedAttnProcessor2_0"
-
-
 def keeper(layer: Any) -> str:
     """Who may keep for a later call what the layer gives, or looks into its attention: empty where nobody does.
 
@@ -67,19 +51,20 @@ def keeper(layer: Any) -> str:
     return ", ".join(hooks or [getattr(forward, "__name__", type(forward).__name__)])
 
 
-def possible(attn: Any, counts: Counts, merges: bool) -> tuple[Counts, str]:
-    """What ``attn`` can do of what is planned for its tokens, and why no more. It may be gone since."""
-    processor = type(processor_of(attn)).__name__
-    if not hasattr(attn, "processor"):
-        return Counts(counts.tokens), "unchanged: the block has been replaced since"
-    if counts.keys and not can_sample_kv(attn):
-        return Counts(counts.tokens), f"unchanged: {processor} cannot sample keys and values"
-    if counts.merged and not merges:
-        return counts, "no agents: self-attention is not merged"
+def possible(attn: Any, counts: Counts) -> tuple[Counts, str]:
+    """What self-attention can do of what is planned for its tokens, and why no more."""
+    processor = type(processor_of(attn))
+    plain = processor in PLAIN_PROCESSORS
+    if counts.keys:
+        # which projection runs, the processor says: a layer that was fused and unfused still claims to be fused
+        if plain and processor.__name__ != "FusedAttnProcessor2_0":
+            return counts, ""
+        return Counts(counts.tokens), f"{processor.__name__} cannot sample keys and values"
     if counts.merged and (name := keeper(attn)):
-        return Counts(counts.tokens), f"unchanged: left to {name}, which may keep what it gives"
-    if counts.agents and not can_use_agents(attn):
-        return replace(counts, agents=0), f"no agents: {processor} is kept and gets merged tokens"
+        return Counts(counts.tokens), f"{name} may keep what it gives"
+    extras = attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None
+    if counts.agents and (extras or not plain):
+        return replace(counts, agents=0), f"no agents: {processor.__name__} is kept and gets merged tokens"
     return counts, ""
 
 

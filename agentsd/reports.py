@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from html import escape
 from typing import Any
 
+from agentsd.block import PatchedBlock
+from agentsd.control import most_full
+from agentsd.costs import attention_seconds
 from agentsd.hosts import Site, host_of
-from agentsd.models import controlnets_of, unet_of
-from agentsd.patch import ATTRIBUTE, Patch, patch_of
+from agentsd.models import controlnets_of, denoiser_of
+from agentsd.patch import Patch, patch_of
 from agentsd.planner import Grid, plan
 from agentsd.processor import possible
-from agentsd.schedule import Counts, Moment, full_calls
+from agentsd.schedule import Counts, Moment
 from agentsd.settings import Settings
 
+Phases = dict[str, Counts]
 USUAL_STEPS = 50  # of which it tells how many calls are full
 
 
@@ -27,12 +32,14 @@ class LayerReport:
         phases: the token counts in each phase that the schedule reaches, and in ``"cached"`` calls where these run the
             block and have counts of their own; empty where the block is not patched.
         note: why it is not patched, or what of it is not.
+        seconds: that its self-attention takes in a call of two samples, by phase, and ``"unpatched"``; where measured.
     """
 
     name: str
     grid: Grid
-    phases: dict[str, Counts]
+    phases: Phases
     note: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Report:
         settings: those of the patch; None where there is none.
         latent_size: that the counts are for: of the last denoiser call, or before it the denoiser's own size.
         layers: every transformer block.
-        full: how many of 50 calls are full; the others are cached.
+        full: how many of 50 calls are full, or may be where their errors decide; the others are cached.
         cached_share: multiply-adds of a cached call, as a share of a full one's, without the attention products.
         last: how many calls of the last trajectory were full and cached.
         cache_bytes: memory of the features that are kept for reuse at present.
@@ -91,8 +98,11 @@ class Report:
         blocks = f"{len(self.patched)} of {len(self.layers)} transformer blocks patched"
         head = [f"{blocks}, {ratio}for {height}x{width} latents"]
         if settings.reuses:
-            share = f"a cached call runs {self.cached_share:.0%} of the UNet"
-            head.insert(0, f"{self.full} of {USUAL_STEPS} calls are full; {share}, by multiply-adds")
+            share = f"a cached call runs {self.cached_share:.0%} of the denoiser"
+            calls = f"{self.full} of {USUAL_STEPS} calls are full"
+            if settings.cache_tolerance:
+                calls = f"as many calls are full as each image needs, at most {self.full} of {USUAL_STEPS}"
+            head.insert(0, f"{calls}; {share}, by multiply-adds")
             if not self.patched:
                 head[1] = "attention is left as it is in all calls"
         if settings.reuses and any(self.last.values()):
@@ -100,7 +110,7 @@ class Report:
         head[0] = f"agentsd: {head[0]}"
         listed = [layer for layer in self.layers if layer.phases]
         names = list(dict.fromkeys(name for layer in listed for name in layer.phases))
-        rows = [("block", "tokens", *(_heading(settings, name) for name in names))] if listed else []
+        rows = [("block", "tokens", *(_heading(settings, name) for name in names), "")] if listed else []
         rows += [self._row(layer, names) for layer in listed]
         others: dict[str, list[str]] = {}
         for layer in self.layers:
@@ -111,7 +121,21 @@ class Report:
             rest.append(f"feature reuse: {self.cache_bytes / 2**20:.1f} MB kept")
         if settings.cached is not None and "cached" not in names:
             rest.append("cache_cell changes nothing: the layers that cached calls run have no self-attention to patch")
-        return head, rows, rest
+        return head, rows, rest + self._gains()
+
+    def _gains(self) -> list[str]:
+        """Of what was measured, whether each phase gains anything."""
+        measured = [layer for layer in self.layers if layer.seconds]
+        said = []
+        for name in dict.fromkeys(phase for layer in measured for phase in layer.seconds if phase != "unpatched"):
+            taken = [(layer.seconds["unpatched"], layer.seconds[name]) for layer in measured if name in layer.seconds]
+            before, after = (1000 * sum(times) for times in zip(*taken, strict=True))
+            gains = f"saves {before - after:.2f} ms a call" if after < before else "makes images slower here"
+            said.append(
+                f"measured: self-attention takes {before:.2f} ms unpatched, {after:.2f} ms in the {name} phase, "
+                f"which {gains}"
+            )
+        return said
 
     def _row(self, layer: LayerReport, phases: list[str]) -> tuple[str, ...]:
         height, width = layer.grid
@@ -146,85 +170,92 @@ def _cell(counts: Counts, settings: Settings | None) -> str:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    columns = max(map(len, rows), default=0)
-    padded = [(*row, *[""] * (columns - len(row))) for row in rows]
-    widths = [max(len(row[i]) for row in padded) for i in range(columns)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in padded]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]} ({len(names)} blocks)"
 
 
-def report(model: Any) -> Report:
+def report(model: Any, measure: bool = False) -> Report:
     """What the patch on ``model`` does to each transformer block, at the size it last ran at.
 
+    Args:
+        measure: also time the self-attention of each patched block, with and without the patch, where the model is: on
+            a fast GPU merging can cost more than it gains.
+
     Raises:
-        TypeError: ``model`` is neither a pipeline with a UNet nor a UNet.
+        TypeError: ``model`` is neither a pipeline with a denoiser nor a denoiser.
     """
-    unet, patch = unet_of(model), patch_of(model)
+    net, patch = denoiser_of(model), patch_of(model)
     if patch is None:
-        sites = host_of(unet).sites(unet)
+        sites = host_of(net).sites(net)
         return Report(None, (0, 0), tuple(LayerReport(site.name, (0, 0), {}, "there is no patch") for site in sites))
-    layers = _layers(unet, patch)
-    for name, net in controlnets_of(model).items():
-        layers += _controlnet_layers(name, net)
-    full = sum(full_calls(USUAL_STEPS, patch.settings))
-    share = patch.host.outer_share(unet, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
+    layers = _layers(net, patch, measure)
+    for prefix, other in controlnets_of(model).items():
+        layers += [replace(layer, name=f"{prefix}.{layer.name}") for layer in _controlnet_layers(other, measure)]
+    full = most_full(USUAL_STEPS, patch.settings)
+    share = patch.host.outer_share(net, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
     kept = patch.reuse.nbytes if patch.reuse is not None else 0
     return Report(patch.settings, patch.latent_size, tuple(layers), full, share, patch.calls, kept)
 
 
-def _controlnet_layers(name: str, net: Any) -> list[LayerReport]:
-    patch = getattr(net, ATTRIBUTE, None)
-    if patch is None:
-        note = "part of a ControlNet (patch_controlnet=True patches these)"
-        return [LayerReport(f"{name}.{site.name}", (0, 0), {}, note) for site in host_of(net).sites(net)]
-    return [replace(layer, name=f"{name}.{layer.name}") for layer in _layers(net, patch)]
+def _controlnet_layers(net: Any, measure: bool) -> list[LayerReport]:
+    if (patch := patch_of(net)) is not None:
+        return _layers(net, patch, measure)
+    note = "part of a ControlNet (patch_controlnet=True patches these)"
+    return [LayerReport(site.name, (0, 0), {}, note) for site in host_of(net).sites(net)]
 
 
-def _layers(net: Any, patch: Patch) -> list[LayerReport]:
+def _layers(net: Any, patch: Patch, measure: bool) -> list[LayerReport]:
     """Asks the planner what is to become of each block in a call of each kind, and its layer what it can do of it."""
     settings, size = patch.settings, patch.latent_size
-    first, last = Moment(0, 10**6), Moment(10**6, 10**6)
-    moments = {"agent": first, "merge": last}
-    grids = patch.grids(net, size)
-    kinds = {phase.name: (moments[phase.name], False) for phase in settings.phases}
+    grids, levels = patch.grids(net, size), patch.host.grids(net, *size)
+    moments = {"agent": Moment(0, 10**6), "merge": Moment(10**6, 10**6)}
+    planned_at = partial(plan, settings, grids=grids, outermost=patch.outermost)
+    plans = {phase.name: planned_at(moments[phase.name], cached=False) for phase in settings.phases}
     if settings.cached is not None:
-        kinds["cached"] = last, True
-    plans = {name: plan(settings, at, grids, cached, patch.outermost) for name, (at, cached) in kinds.items()}
-    patched = {block.site: block for block in patch.blocks}
+        plans["cached"] = planned_at(moments["merge"], cached=True)
+    blocks, modules = {block.site: block for block in patch.blocks}, dict(net.named_modules())
     layers = []
-    levels = patch.host.grids(net, *size)
     for site in patch.sites:
-        grid = levels[site.level]
-        if site not in patched:
+        grid, block = levels[site.level], blocks.get(site)
+        if block is None:
             layers.append(LayerReport(site.name, grid, {}, _why_not(site, settings)))
             continue
-        block, tokens, phases, notes = patched[site], grid[0] * grid[1], dict[str, Counts](), list[str]()
-        for name, planned in plans.items():
-            if name == "cached" and not patch.outermost[block.index]:
-                continue
-            counts = planned.counts.get(block.index, Counts(tokens))
-            phases[name], note = possible(_attention(net, site), counts, settings.merge_attn)
-            if note and not (name == "merge" and note.startswith("no agents")):
-                notes.append(f"{note} in cached calls" if name == "cached" else note)
-        if tokens < settings.min_tokens:
-            notes = [f"unchanged: fewer tokens than min_tokens={settings.min_tokens}"]
-        elif phases.get("agent", Counts(tokens)).merged and not phases["agent"].agents and not any(notes):
-            notes = ["no agents: too few tokens are merged away for them to be cheaper than attention"]
-        if {"processor", "keeper", "keys"} & block.aside.keys():  # of whole calls, not of a size that was met once
-            phases = dict.fromkeys(phases, Counts(tokens))
-        notes += [f"left alone: {why}" for why in block.aside.values()]
-        layers.append(LayerReport(site.name, grid, phases, "; ".join(dict.fromkeys(filter(None, notes)))))
+        unchanged = Counts(grid[0] * grid[1])
+        names = [name for name in plans if name != "cached" or patch.outermost[block.index]]
+        planned = {name: plans[name].counts.get(block.index, unchanged) for name in names}
+        attn = modules.get(f"{site.name}.attn1")
+        phases, notes = _done(planned, unchanged, block, attn)
+        known = [phase for phase in (*settings.phases, settings.cached) if phase is not None]
+        seconds = attention_seconds(block, attn, grid, known, phases) if measure and hasattr(attn, "processor") else {}
+        layers.append(LayerReport(site.name, grid, phases, "; ".join(dict.fromkeys(notes)), seconds))
     return layers
 
 
-def _attention(net: Any, site: Site) -> Any:
-    try:
-        return net.get_submodule(f"{site.name}.attn1")
-    except AttributeError:  # replaced since
-        return None
+def _done(planned: Phases, unchanged: Counts, block: PatchedBlock, attn: Any) -> tuple[Phases, list[str]]:
+    """What a block does of what is planned for it in each phase, and why no more."""
+    settings = block.settings
+    if unchanged.tokens < settings.min_tokens:
+        return planned, [f"unchanged: fewer tokens than min_tokens={settings.min_tokens}"]
+    if not hasattr(attn, "processor"):
+        return dict.fromkeys(planned, unchanged), ["left alone: it has been replaced since"]
+    phases, notes = dict(planned), list[str]()
+    for name, counts in planned.items():
+        if counts.keys or settings.merge_attn:
+            phases[name], why = possible(attn, counts)
+            why = f"left alone: {why}" if phases[name] == unchanged and why else why
+            notes.append(f"{why} in cached calls" if why and name == "cached" else why)
+    agents = planned.get("agent", unchanged)
+    if agents.merged and not agents.agents:
+        few = "too few tokens are merged away for them to be cheaper than attention"
+        notes.append(f"no agents: {few if settings.merge_attn else 'self-attention is not merged'}")
+    if {"processor", "keys"} & block.aside.keys():  # of whole calls, not of a size that was met once
+        phases = dict.fromkeys(phases, unchanged)
+    said = "; ".join(notes)
+    return phases, [*filter(None, notes), *(f"left alone: {why}" for why in block.aside.values() if why not in said)]
 
 
 def _why_not(site: Site, settings: Settings) -> str:

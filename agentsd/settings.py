@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "quality": {**REUSED, "ratio": 0.0, "cache_interval": 0.095},
         "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 0.125},
+        "adaptive": {**REUSED, "ratio": 0.0, "cache_interval": 0.125, "cache_tolerance": 0.3},
         "fast": {**REUSED, "cache_interval": 0.125},
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }
@@ -62,6 +65,11 @@ class Settings:
         cache_cell: in cached calls, let every token attend to one token of each ``cache_cell`` x ``cache_cell`` cell
             alone, as with ``sample_kv``. Their errors average out, where those of full calls are carried on. 1 leaves
             cached calls to what the schedule says.
+        cache_tolerance: let the error of the extrapolation decide which calls are full: at each full call it is
+            measured, and where it is above this share of the features' size (1.6 of it at the start of the trajectory,
+            falling to 0.4 at its end) the next full call comes sooner, otherwise later. A batch goes by its worst
+            image. Half of ``cache_interval`` is then the first distance. 0 is off.
+        cache_budget: with ``cache_tolerance``, at most this share of a trajectory's calls is full. 1 is no limit.
         patch_controlnet: patch the attention of the pipeline's ControlNets, too.
         cuda_graphs: record a CUDA graph of each kind of call, and replay it in all others of that kind: the same
             kernels, and so the same image, without waiting for Python to launch them one by one. Recorded anew where
@@ -95,17 +103,23 @@ class Settings:
     cache_branch: int = 0
     cache_order: int = 0
     cache_cell: int = 1
+    cache_tolerance: float = 0.0
+    cache_budget: float = 1.0
     patch_controlnet: bool = False
     cuda_graphs: bool = False
 
     @classmethod
-    def of(cls, preset: str | None, given: Mapping[str, Any]) -> Settings:
-        """The settings of a preset, or the defaults, but for those that are ``given``.
+    def of(cls, preset: str | Path | None, given: Mapping[str, Any]) -> Settings:
+        """The settings of a preset, or of a file that `agentsd.tune` saved, or the defaults, but for those ``given``.
 
         Raises:
             TypeError: a given name is no setting; or as `Settings`.
-            ValueError: there is no such preset; or as `Settings`.
+            ValueError: there is no such preset, or a file holds none; or as `Settings`.
+            OSError: there is no such file.
         """
+        if isinstance(preset, Path):
+            saved = _saved(preset)
+            return cls.of(saved.pop("preset", None), {**saved, **given})
         if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
             allowed = ", ".join(map(repr, PRESETS))
             raise ValueError(
@@ -143,9 +157,18 @@ class Settings:
         orders = "0 (features as they were) or 1 (extrapolated)"
         _require(self.cache_order in (0, 1), "cache_order", self.cache_order, orders)
         _require(self.cache_cell >= 1, "cache_cell", self.cache_cell, "1 (cached calls attend like full ones) or more")
-        if self.cache_cell > 1:
-            without = "1, since with cache_interval=1 no call is cached: give another cache_interval, or cache_cell=1"
-            _require(self.reuses, "cache_cell", self.cache_cell, without)
+        sizes = "0 (cache_interval alone decides which calls are full) or more, a share of the size of the features"
+        _require(self.cache_tolerance >= 0, "cache_tolerance", self.cache_tolerance, sizes)
+        part = "above 0 and at most 1, the share of the calls that may be full"
+        _require(0 < self.cache_budget <= 1, "cache_budget", self.cache_budget, part)
+        for name in ("cache_cell", "cache_tolerance"):
+            value, idle = getattr(self, name), {field.name: field.default for field in fields(self)}[name]
+            without = (
+                f"{idle}, since with cache_interval=1 no call is cached: give another cache_interval, or {name}={idle}"
+            )
+            _require(self.reuses or value == idle, name, value, without)
+        limited = "1, since cache_tolerance=0 lets cache_interval decide: give a cache_tolerance, or leave it out"
+        _require(self.cache_tolerance > 0 or self.cache_budget == 1, "cache_budget", self.cache_budget, limited)
         if self.max_downsample is not None:
             levels = "1, 2, 4, 8 or None (the highest resolution that has self-attention)"
             _require(self.max_downsample in (1, 2, 4, 8), "max_downsample", self.max_downsample, levels)
@@ -172,6 +195,12 @@ class Settings:
     def reuses(self) -> bool:
         """Whether some calls reuse the deep features of those before."""
         return self.cache_interval != 1
+
+    @property
+    def all_full(self) -> Settings:
+        """The same without feature reuse."""
+        idle: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name.startswith("cache_")}
+        return replace(self, **idle)
 
     @property
     def acts(self) -> bool:
@@ -205,6 +234,16 @@ class Settings:
         """What holds in cached calls, if it is not the phase that the schedule is in."""
         cell = self.cache_cell
         return Phase("cached", cell, cell, 0.0, sample_kv=True, min_tokens=self.min_tokens) if cell > 1 else None
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"preset={str(path)!r} is not allowed: the file holds no settings; agentsd.tune saves such.")
+    return settings
 
 
 def _converted(kind: type, name: str, value: Any) -> Any:

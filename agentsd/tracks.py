@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from agentsd.control import Controller, Table
 from agentsd.features import Lane
 from agentsd.hosts import Inputs
 from agentsd.schedule import Moment
@@ -19,7 +20,7 @@ MOST_LANES = 4  # calls of one step; guidance makes two or three
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What tells the calls of one step apart: the shape of the latents, and what they are conditioned on."""
+    """What tells the calls of one step apart: the shape of the latents, what they are conditioned on and skip."""
 
     kind: tuple[Any, ...]
     text: Tensor | None
@@ -27,7 +28,7 @@ class Condition:
     @classmethod
     def of(cls, inputs: Inputs) -> Condition:
         sample = inputs.sample
-        return cls((sample.shape, sample.dtype, sample.device), inputs.text)
+        return cls((sample.shape, sample.dtype, sample.device, inputs.skipped), inputs.text)
 
     def is_in_memory_of(self, other: Condition) -> bool:
         a, b = self.text, other.text
@@ -62,7 +63,7 @@ class Track:
 
     Attributes:
         schedule: equal for its calls; None where nothing but the order of timesteps tells.
-        full: for each call, whether it is full.
+        pace: decides which calls are full.
         calls: how many the schedule has, where it says.
         call: the place of the last one.
         lanes: the features of each of the calls that a step makes.
@@ -71,7 +72,7 @@ class Track:
     """
 
     schedule: Hashable
-    full: tuple[bool, ...]
+    pace: Table | Controller
     calls: int | None
     call: int
     lanes: list[Step] = field(default_factory=list)
@@ -103,7 +104,11 @@ class Track:
         for lane in self.lanes:
             lane.used = False
 
-    def lane(self, condition: Condition, order: int) -> Step:
+    def is_full(self, place: int) -> bool:
+        """Whether the call at this place of the trajectory is full."""
+        return self.pace.full(place, (lane.error for lane in self.lanes if lane.error is not None))
+
+    def lane(self, condition: Condition, order: int, measures: bool) -> Step:
         """The lane of the next call. One that nothing is known of is new, and its first call will be full."""
         alike = [lane for lane in self.lanes if lane.condition.is_in_memory_of(condition)]
         alike = alike or [lane for lane in self.lanes if lane.condition.equals(condition)]
@@ -116,5 +121,5 @@ class Track:
         self.lanes = [lane for lane in self.lanes if id(lane) not in unsure]
         if len(self.lanes) == MOST_LANES:
             self.lanes, self.crowded = [], True
-        self.lanes.append(Step(order, condition=condition))
+        self.lanes.append(Step(order, measures=measures, condition=condition))
         return self.lanes[-1]

@@ -4,10 +4,14 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import make_unet, unet_inputs
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import agentsd
+from agentsd.matching import bipartite_soft_matching, partition
+from agentsd.merge import merge, unmerge
+from agentsd.planner import BlockPlan
 
 
 def test_an_unpatched_model():
@@ -85,3 +89,42 @@ def test_in_a_notebook_it_is_html():
     unet = agentsd.apply_patch(make_unet())
     unet.set_attn_processor(Odd())
     assert "&lt;b&gt; is kept" in agentsd.report(unet)._repr_html_()
+
+
+@pytest.mark.filterwarnings("ignore:agentsd. a layer")
+def test_what_a_layer_was_left_alone_for_is_told_until_it_holds_no_longer():
+    unet = agentsd.apply_patch(make_unet(), sample_kv=True)
+    unet.fuse_qkv_projections()
+    unet(**unet_inputs())
+    assert "left alone: FusedAttnProcessor2_0 cannot sample" in str(agentsd.report(unet))
+    unet.unfuse_qkv_projections()
+    unet(**unet_inputs())
+    assert "left alone" not in str(agentsd.report(unet))
+    assert len(agentsd.report(unet).patched) == 3
+
+
+def test_what_attention_costs_here_is_measured_when_asked_for(kind):
+    """Of the layers that are patched, in each phase that changes them; the denoiser is as before."""
+    unet = agentsd.apply_patch(make_unet(kind), ratio=0.4, seed=0)
+    inputs = unet_inputs(kind)
+    before = unet(**inputs).sample
+    assert not any(layer.seconds for layer in agentsd.report(unet).layers)
+    measured = agentsd.report(unet, measure=True)
+    for layer in measured.layers:
+        changed = {name for name, counts in layer.phases.items() if counts.changed}
+        assert set(layer.seconds) == ({"unpatched", *changed} if layer.phases else set())
+        assert all(seconds > 0 for seconds in layer.seconds.values())
+    assert "measured: self-attention takes" in str(measured)
+    assert torch.equal(unet(**inputs).sample, before)
+
+
+def test_what_is_measured_is_what_a_call_computes():
+    unet, x = make_unet(), torch.randn(2, 256, 16)
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    plain = attn(x)
+    patch = agentsd.apply_patch(unet, ratio=0.4)._agentsd_patch
+    block, phase = patch.blocks[0], patch.settings.merge
+    plan = BlockPlan(phase.counts(16, 16), partition(16, 16, phase.sy, phase.sx))
+    matching = bipartite_soft_matching(x, plan.partition).cut(plan.counts.merged)
+    assert torch.equal(block.attend(attn, x, None), plain)
+    assert torch.equal(block.attend(attn, x, plan), unmerge(attn(merge(x, matching)), matching))

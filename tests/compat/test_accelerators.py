@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch._dynamo
 from checks import check
-from conftest import make_unet, sweep, unet_inputs
+from conftest import make_scheduler, make_unet, sweep, unet_inputs
+from diffusers import DDIMScheduler
 from torch._dynamo.utils import counters
+from torch.profiler import profile, record_function
 from zoo import build, runner
 
 import agentsd
@@ -73,6 +75,33 @@ def test_one_graph_a_phase_and_none_a_step(case):
     assert torch.equal(trajectory(compiled), trajectory(compiled))
     assert counters["stats"]["unique_graphs"] == graphs, "a second image was compiled anew"
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["agents", "extrapolated"])
+def test_a_compiled_call_is_one_graph_and_three_operations_outside_of_it_at_most(name):
+    """A device that waits for nobody: full and cached calls alike."""
+
+    def backend(graph, _):
+        def run(*args):
+            with record_function("graph"):
+                return graph.forward(*args)
+
+        return run
+
+    unet = agentsd.apply_patch(make_unet(**SIZES["one level"]), seed=0, **SETTINGS[name][0])
+    unet.compile(backend=backend, fullgraph=True)
+    scheduler = make_scheduler(DDIMScheduler)
+    scheduler.set_timesteps(12)
+    inputs = unet_inputs()
+    for image in range(2):
+        for timestep in scheduler.timesteps:
+            with profile() as profiled:
+                unet(**inputs | {"timestep": timestep})
+            events = profiled.events()
+            outside = [e.name for e in events if e.name.startswith("aten::") and e.cpu_parent is None]
+            if image:  # the first compiles
+                assert sum(event.name == "graph" for event in events) == 1
+                assert len(outside) <= 3, outside
 
 
 @pytest.mark.parametrize("case", NOTICES, ids="-".join)

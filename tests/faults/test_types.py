@@ -233,7 +233,7 @@ def outcome(call):
     return output.sample.isfinite().flatten().tolist()
 
 
-@pytest.mark.parametrize("name", sweep(SETTINGS))
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "reuse"]))
 @pytest.mark.parametrize("timestep", NO_TIMES, ids=repr)
 def test_timesteps_that_are_none(timestep, name):
     """The same values are finite as without a patch, or the same error comes; the next call is right."""

@@ -1,0 +1,170 @@
+"""Find settings on the machine, with the pipeline and the prompts that they are for."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from agentsd.apply import apply_patch, patched, without_patch
+from agentsd.models import denoiser_of
+from agentsd.trials import SAME, Trial, Tuning, choose, parse_target
+
+PROMPTS = ("a red fox in the snow", "a harbour at night", "portrait of an old sailor", "a bowl of fruit on a table")
+# in the order in which they are tried while time is left: those that most often win come first
+CANDIDATES: Mapping[str, dict[str, Any]] = {
+    "balanced": {"preset": "balanced"},
+    "adaptive": {"preset": "adaptive"},
+    "quality": {"preset": "quality"},
+    "fast": {"preset": "fast"},
+    "adaptive, cache_tolerance=0.6": {"preset": "adaptive", "cache_tolerance": 0.6},
+    "balanced, cache_interval=2": {"preset": "balanced", "cache_interval": 2},
+    "balanced, cache_interval=0.2": {"preset": "balanced", "cache_interval": 0.2},
+    "adaptive, cache_tolerance=0.15": {"preset": "adaptive", "cache_tolerance": 0.15},
+    "few_steps": {"preset": "few_steps"},
+    "the paper's schedule": {},
+}
+
+
+def tune(
+    pipe: Any,
+    target: str | None = None,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    seconds: float = 60.0,
+    seed: int = 0,
+    apply: bool = False,
+    progress: bool = True,
+    **inputs: Any,
+) -> Tuning:
+    """Try settings on a pipeline, as it is and where it is, and choose those that reach a target.
+
+    Images are drawn one at a time, of the same prompts and seeds for all settings, and compared with those of the
+    unpatched pipeline. The pipeline is left as it was, patched or not.
+
+    Args:
+        pipe: a pipeline that `agentsd.apply_patch` takes.
+        target: a speed-up, as ``"2x"``: the best worst image at this speed or above. Or a fidelity, as ``"35 dB"``:
+            the fastest whose worst image has it. None: the fastest whose worst image is as near to the unpatched one
+            as with half the steps; fewer steps may be the answer, too.
+        prompts: of the images; on a slow machine fewer are drawn than are given.
+        seconds: about how long it may take; two candidates are tried in any case.
+        seed: of the first image, and one more for each.
+        apply: patch the pipeline with what is found.
+        progress: show a bar.
+        inputs: for the pipeline, as ``num_inference_steps=25, height=768``: those that you will use.
+
+    Raises:
+        ValueError: ``target`` is neither, there is no prompt, or the pipeline cannot be patched.
+        TypeError: ``pipe`` is not a pipeline.
+    """
+    wanted = parse_target(target)
+    if not prompts:
+        raise ValueError("prompts=() is not allowed: expected one prompt or more.")
+    if not callable(pipe) or not hasattr(pipe, "set_progress_bar_config"):
+        raise TypeError(f"cannot tune a {type(pipe).__name__}: expected a diffusers pipeline, which draws images.")
+    steps = inputs.setdefault("num_inference_steps", 50)
+    started = time.perf_counter()
+    with without_patch(pipe), _quiet(pipe), tqdm(total=len(CANDIDATES) + 2, disable=not progress) as bar:
+        draw = _drawer(pipe, prompts, seed, inputs)
+        draw(1, num_inference_steps=2)  # warms up
+        bar.set_description("unpatched")
+        _, first = draw(1)
+        count = max(1, min(len(prompts), int(seconds / (4 * first[0]))))
+        true, base = draw(count)
+        trials = [Trial("unpatched", None, statistics.median(base), 1.0, math.inf, math.inf)]
+
+        def attempt(name: str, settings: dict[str, Any] | None, **changes: Any) -> Trial:
+            bar.update()
+            bar.set_description(name)
+            if settings is None:
+                images, taken = draw(count, **changes)
+            else:
+                with patched(pipe, **settings):
+                    draw(1, num_inference_steps=2)
+                    images, taken = draw(count)
+            decibels = [_psnr(a, b) for a, b in zip(images, true, strict=True)]
+            speedup = trials[0].seconds / statistics.median(taken)
+            return Trial(name, settings, statistics.median(taken), speedup, min(decibels), sum(decibels) / count)
+
+        if steps >= 4:
+            trials.append(attempt("unpatched, half the steps", None, num_inference_steps=steps // 2))
+        untried = []
+        for i, (name, settings) in enumerate(CANDIDATES.items()):
+            if i >= 2 and time.perf_counter() - started > seconds:
+                untried.append(name)
+            else:
+                trials.append(attempt(name, settings))
+        chosen, verdict = choose(trials, wanted)
+        if next(denoiser_of(pipe).parameters()).is_cuda:
+            given = chosen.settings if chosen is not None and chosen.settings is not None else {"ratio": 0}
+            graphs = attempt(f"{chosen.name if chosen else 'unpatched'}, cuda_graphs", {**given, "cuda_graphs": True})
+            trials.append(graphs)
+            if graphs.speedup > SAME * (chosen.speedup if chosen is not None else 1):
+                chosen, verdict = graphs, f"{graphs.name}: {graphs.speedup:.2f}x, as CUDA graphs change no pixel"
+        advice = _advice(pipe, draw, count, trials[0].seconds)
+    found = chosen.settings if chosen is not None else None
+    if found is not None and apply:
+        apply_patch(pipe, **found)
+    return Tuning(found, verdict, count, tuple(trials), tuple(advice), tuple(untried))
+
+
+Draw = Callable[..., tuple[list[Tensor], list[float]]]
+
+
+def _drawer(pipe: Any, prompts: Sequence[str], seed: int, inputs: Mapping[str, Any]) -> Draw:
+    def draw(count: int, **changes: Any) -> tuple[list[Tensor], list[float]]:
+        images, taken = [], []
+        for i, prompt in enumerate(prompts[:count]):
+            generator = torch.Generator().manual_seed(seed + i)
+            start = time.perf_counter()
+            output = pipe(prompt, generator=generator, output_type="pt", **{**inputs, **changes}).images
+            images.append(output.float().cpu())  # waits for the device
+            taken.append(time.perf_counter() - start)
+        return images, taken
+
+    return draw
+
+
+def _advice(pipe: Any, draw: Draw, count: int, unpatched: float) -> list[str]:
+    """What helps without a patch, or beside one."""
+    net: Any = denoiser_of(pipe)
+    said = []
+    layouts = [(parameter, parameter.data) for parameter in net.parameters()]
+    if any(weight.dim() == 4 for _, weight in layouts):
+        try:
+            net.to(memory_format=torch.channels_last)
+            draw(1, num_inference_steps=2)
+            ratio = unpatched / statistics.median(draw(count)[1])
+        finally:
+            for parameter, weight in layouts:
+                parameter.data = weight
+        said.append(f"channels_last, without a patch: {ratio:.2f}x")
+    if net.device.type == "cuda" and net.dtype == torch.float32:
+        said.append("half precision was not tried: load the pipeline with dtype=torch.float16")
+    said.append("torch.compile was not tried: it takes minutes before the first image")
+    return said
+
+
+def _psnr(image: Tensor, true: Tensor) -> float:
+    """Of images in [0, 1], in dB; 100 where they are equal."""
+    error = (image - true).square().mean().item()
+    return -10 * math.log10(max(error, 1e-10))
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bars."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = before if before is not None else {}

@@ -1,0 +1,130 @@
+"""Settings found on the user's own pipeline."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_pipeline
+from diffusers import StableDiffusionPipeline
+
+import agentsd
+from agentsd.trials import Trial, choose, parse_target
+from agentsd.tuning import CANDIDATES
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "examples" / "demo_model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(desc="mine", disable=True)
+    return pipe
+
+
+def found(pipe, target=None, **more) -> agentsd.Tuning:
+    """With time for two candidates, and one image of each."""
+    quick = {"prompts": ["a red apple", "a cat"], "seconds": 0, "progress": False, "num_inference_steps": 8}
+    return agentsd.tune(pipe, target, **quick | more)
+
+
+def trial(name: str, speedup: float, worst: float, settings=()) -> Trial:
+    return Trial(name, None if settings is None else dict(settings), 1 / speedup, speedup, worst, worst)
+
+
+UNPATCHED = trial("unpatched", 1.0, math.inf, None)
+HALF = trial("half", 1.9, 36.0, None)
+FAST, GOOD, SLOW = trial("fast", 4.0, 30.0), trial("good", 3.0, 40.0), trial("slow", 0.9, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "tried", "chosen"),
+    [
+        ("2x", [FAST, GOOD, SLOW], GOOD),
+        ("3.5x", [FAST, GOOD, SLOW], FAST),
+        ("5x", [FAST, GOOD, SLOW], None),
+        ("25 dB", [FAST, GOOD, SLOW], FAST),
+        ("p5 >= 35 dB", [FAST, GOOD, SLOW], GOOD),
+        ("50dB", [FAST, GOOD, SLOW], None),
+        (None, [FAST, GOOD, SLOW], GOOD),
+        (None, [FAST, SLOW], None),
+        ("2x", [SLOW], None),
+    ],
+)
+def test_the_choice_reaches_the_target_or_there_is_none(target, tried, chosen):
+    best, verdict = choose([UNPATCHED, HALF, *tried], parse_target(target))
+    assert best is chosen
+    assert (chosen.name in verdict) if chosen is not None else verdict.startswith("leave it unpatched")
+
+
+def test_fewer_steps_may_be_the_answer():
+    quick = trial("half", 3.5, 41.0, None)
+    best, verdict = choose([UNPATCHED, quick, FAST, GOOD], None)
+    assert best is None and "halve the steps: 3.50x" in verdict
+
+
+@pytest.mark.parametrize("target", ["fast", "2", "x2", "-1x", ""])
+def test_a_target_that_is_none_is_an_error(target):
+    with pytest.raises(ValueError, match="expected a speed-up"):
+        agentsd.tune(make_pipeline(), target)
+
+
+def test_what_draws_no_images_cannot_be_tuned():
+    with pytest.raises(TypeError, match="cannot tune"):
+        agentsd.tune(make_pipeline().unet)
+    with pytest.raises(ValueError, match="expected one prompt or more"):
+        agentsd.tune(make_pipeline(), prompts=())
+
+
+@pytest.mark.parametrize("before", [None, {"ratio": 0.25, "seed": 1}])
+def test_the_pipeline_is_left_as_it_was(pipe, before):
+    if before is not None:
+        agentsd.apply_patch(pipe, **before)
+    settings, weights = agentsd.report(pipe).settings, [p.data_ptr() for p in pipe.unet.parameters()]
+    layouts = [p.stride() for p in pipe.unet.parameters()]
+    found(pipe)
+    assert agentsd.report(pipe).settings == settings
+    assert [p.data_ptr() for p in pipe.unet.parameters()] == weights
+    assert [p.stride() for p in pipe.unet.parameters()] == layouts
+    assert pipe._progress_bar_config == {"desc": "mine", "disable": True}
+    agentsd.remove_patch(pipe)
+
+
+def test_what_was_tried_is_told_and_images_are_compared_with_the_unpatched_ones(pipe):
+    tuning = found(pipe, "1dB")
+    assert [t.name for t in tuning.trials] == ["unpatched", "unpatched, half the steps", *list(CANDIDATES)[:2]]
+    assert tuning.untried == tuple(CANDIDATES)[2:]
+    assert tuning.images == 1 and all(10 < t.worst <= t.mean + 1e-9 for t in tuning.trials[1:])
+    assert all(t.speedup == pytest.approx(tuning.trials[0].seconds / t.seconds) for t in tuning.trials)
+    for name in (*CANDIDATES, "channels_last", tuning.verdict):
+        assert name in str(tuning)
+
+
+def test_what_is_found_is_saved_and_given_back(pipe, tmp_path):
+    tuning, path = found(pipe, "1dB", apply=True), tmp_path / "tuned.json"
+    if tuning.settings is None:  # on a machine where nothing gains
+        with pytest.raises(ValueError, match="no settings to save"):
+            tuning.save(path)
+        tuning = replace(tuning, settings=CANDIDATES["balanced"])
+        agentsd.apply_patch(pipe, **tuning.settings)
+    applied = agentsd.report(pipe).settings
+    tuning.save(path)
+    for more in ({}, {"seed": 3}):
+        agentsd.apply_patch(pipe, preset=path, **more)
+        assert agentsd.report(pipe).settings == replace(applied, **more)
+    agentsd.remove_patch(pipe)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": null}', '{"settings": 3}'])
+def test_a_file_that_holds_no_settings_is_an_error(tmp_path, text):
+    path = tmp_path / "tuned.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="holds no settings"):
+        agentsd.Settings.of(path, {})
+    with pytest.raises(OSError):
+        agentsd.Settings.of(Path(tmp_path / "none.json"), {})
+
+
+def test_every_candidate_is_allowed():
+    for settings in CANDIDATES.values():
+        preset = settings.get("preset")
+        agentsd.Settings.of(preset, {name: value for name, value in settings.items() if name != "preset"})
