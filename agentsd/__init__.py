@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from agentsd.apply import apply_patch, patched, remove_patch
     from agentsd.reports import Report, report
     from agentsd.settings import PRESETS, Settings
-    from agentsd.tuning import Tuning, tune
+    from agentsd.trials import Tuning
+    from agentsd.tuning import tune
 
 __all__ = ["PRESETS", "Report", "Settings", "Tuning", "apply_patch", "patched", "remove_patch", "report", "tune"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "PRESETS": "settings",
     "Report": "reports",
     "Settings": "settings",
-    "Tuning": "tuning",
+    "Tuning": "trials",
     "apply_patch": "apply",
     "patched": "apply",
     "remove_patch": "apply",

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from agentsd.hosts import host_of
-from agentsd.models import SUPPORTED, controlnets_of, unet_of
+from agentsd.models import SUPPORTED, controlnets_of, denoiser_of
 from agentsd.patch import Patch, patch_of
 from agentsd.settings import Settings
 from agentsd.wrapping import Weakly
@@ -46,12 +46,13 @@ def apply_patch(
     A patch that is already there is replaced. `remove_patch` undoes it, `report` says what was patched.
 
     Args:
-        model: a pipeline, or its UNet. With a UNet alone there is no scheduler to follow: the place in the trajectory
-            is that of the timestep in the schedule that it is an element of, or else in the training timesteps.
+        model: a pipeline, or its denoiser. With a denoiser alone there is no scheduler to follow: the place in the
+            trajectory is that of the timestep in the schedule that it is an element of, or else in the training
+            timesteps.
         ratio: share of the tokens to merge in each patched layer, 0.4 unless a preset says otherwise.
-        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"fast"`` or
-            ``"few_steps"``, or the `pathlib.Path` of a file that `agentsd.tune` has saved. Settings given beside it
-            override it. None is the paper's schedule.
+        preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"adaptive"``,
+            ``"fast"`` or ``"few_steps"``, or the `pathlib.Path` of a file that `agentsd.tune` has saved. Settings
+            given beside it override it. None is the paper's schedule.
         settings: as `Settings` documents them.
 
     Returns:
@@ -64,29 +65,37 @@ def apply_patch(
     """
     given = settings if ratio is None else {"ratio": ratio, **settings}
     chosen = Settings.of(preset, given)
-    unet = unet_of(model)
-    host = host_of(unet)
-    found = sorted({site.downsample for site in host.sites(unet) if not site.skip})
-    if not found:
+    net = denoiser_of(model)
+    host = host_of(net)
+    sites = host.sites(net)
+    found = sorted({site.downsample for site in sites if not site.skip})
+    joint = any("joint" in site.skip for site in sites)
+    if not found and not joint:
         raise ValueError(f"{type(model).__name__} has no self-attention to patch: expected {SUPPORTED}.")
-    if chosen.max_downsample is not None and chosen.max_downsample < found[0]:
+    if joint and (chosen.ratio or chosen.sample_kv):
+        asked = "sample_kv=True" if chosen.sample_kv else f"ratio={chosen.ratio:g}"
         raise ValueError(
-            f"max_downsample={chosen.max_downsample} is not allowed: {type(unet).__name__} has self-attention at "
+            f"{asked} is not allowed: agentsd leaves the joint attention of {type(net).__name__} as it is, and reuses "
+            'features alone. Give preset="balanced" or "quality", or ratio=0 and a cache_interval.'
+        )
+    if found and chosen.max_downsample is not None and chosen.max_downsample < found[0]:
+        raise ValueError(
+            f"max_downsample={chosen.max_downsample} is not allowed: {type(net).__name__} has self-attention at "
             f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
         )
     if not chosen.acts and not chosen.reuses and not chosen.cuda_graphs:
         why = "ratio=0" if chosen.ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
-    pipeline = model if hasattr(model, "unet") else None
-    patch = Patch(unet, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
-    for net, alone in _controlnets(model, chosen).items():
-        patch.nets.append((Weakly(net), Patch(net, host_of(net), alone, pipeline)))
+    pipeline = model if hasattr(model, "scheduler") else None
+    patch = Patch(net, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
+    for other, alone in _controlnets(model, chosen).items():
+        patch.nets.append((Weakly(other), Patch(other, host_of(other), alone, pipeline)))
     remove_patch(model)
     if patch_of(model) is not None:
         raise RuntimeError(
             "agentsd: a denoiser cannot be patched anew in the middle of its own call: do it between two."
         )
-    patch.attach(unet)
+    patch.attach(net)
     return model
 
 
@@ -111,7 +120,7 @@ def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:
 
 def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`, in place: no hook and no attribute of it is left. Returns ``model``, patched or not."""
-    for net in (unet_of(model), *controlnets_of(model).values()):
+    for net in (denoiser_of(model), *controlnets_of(model).values()):
         if (patch := patch_of(net)) is not None:
             patch.detach(net)
     return model
@@ -134,4 +143,4 @@ def without_patch(model: Model) -> Iterator[Model]:
     finally:
         remove_patch(model)
         if before is not None:
-            before.attach(unet_of(model))
+            before.attach(denoiser_of(model))

@@ -136,7 +136,7 @@ class PatchedBlock:
             raise RuntimeError(
                 f"A layer of {self.site.name} got {tuple(args[0].shape[:2])} samples and tokens of its block's "
                 f"{tuple(running.x.shape[:2])}, so they cannot be merged. Feed-forward chunking does that: call "
-                "disable_forward_chunking() on the UNet, or patch with merge_mlp=False."
+                "disable_forward_chunking() on the denoiser, or patch with merge_mlp=False."
             )
         return self._merged(running, args, kwargs)
 

@@ -41,7 +41,7 @@ class Recipe:
     call: Call
 
     def arguments(self, tensors: list[Tensor]) -> Any:
-        """``args, kwargs``, in containers of their own: a UNet takes residuals out of its lists."""
+        """``args, kwargs``, in containers of their own: a denoiser takes residuals out of its lists."""
         rest = iter(tensors)
         return tree_unflatten([next(rest) if leaf is Tensor else leaf for leaf in self.leaves], self.tree)
 

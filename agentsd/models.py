@@ -8,21 +8,23 @@ from torch import nn
 
 SUPPORTED = (
     "a diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL (StableDiffusionPipeline, "
-    "StableDiffusionXLPipeline, their img2img, inpaint and ControlNet variants), or such a UNet2DConditionModel"
+    "StableDiffusionXLPipeline), with a transformer of Stable Diffusion 3, 3.5, Flux or PixArt, their img2img, "
+    "inpaint and ControlNet variants, or its denoiser alone, such as a UNet2DConditionModel"
 )
 
 
-def unet_of(model: Any) -> nn.Module:
-    """The UNet of a pipeline, or the model itself; without what ``torch.compile`` puts around it.
+def denoiser_of(model: Any) -> nn.Module:
+    """The UNet or transformer of a pipeline, or the model itself; without what ``torch.compile`` puts around it.
 
     Raises:
         TypeError: ``model`` is neither.
     """
-    unet = getattr(model, "unet", model)
-    unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, nn.Module):
+    parts = (getattr(model, name, None) for name in ("unet", "transformer"))
+    net = next((part for part in parts if part is not None), model)
+    net = getattr(net, "_orig_mod", net)
+    if not isinstance(net, nn.Module):
         raise TypeError(f"cannot patch a {type(model).__name__}: expected {SUPPORTED}.")
-    return unet
+    return net
 
 
 def controlnets_of(model: Any) -> dict[str, nn.Module]:

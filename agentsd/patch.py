@@ -12,7 +12,7 @@ from agentsd.block import PatchedBlock
 from agentsd.capture import Capture
 from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Host, Inputs, Middle, Site
-from agentsd.models import unet_of
+from agentsd.models import denoiser_of
 from agentsd.planner import Call, Draws, Grid, Now, plan
 from agentsd.reuse import Reuse
 from agentsd.schedule import Moment
@@ -100,6 +100,11 @@ class Patch:
     @outside_the_graph
     def _before_call(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_tracing()
+        if self.reuse is not None and getattr(net, "_is_replica", False):  # its middle would be the original's
+            raise RuntimeError(
+                "agentsd: features cannot be reused in replicas of torch.nn.DataParallel. Give each device a pipeline "
+                "of its own, or use DistributedDataParallel or cache_interval=1."
+            )
         self._end()  # of a call that was interrupted
         inputs = self.host.inputs(net, args, kwargs)
         if inputs is None:
@@ -112,7 +117,7 @@ class Patch:
     def _call(self, net: nn.Module, inputs: Inputs) -> Call:
         settings, moment = self.settings, Moment(0, 1)
         if self.reuse is not None or (self.blocks and (settings.use_rand or len(settings.phases) > 1)):
-            moment = self.trajectory.locate(inputs.timestep)
+            moment = self.trajectory.locate(inputs.timestep, inputs.divisor)
         call = self.reuse.before_call(moment, inputs) if self.reuse is not None else Call()
         if call.lane is not None and call.lane.calls == 0:
             self.calls = {"full": 0, "cached": 0}
@@ -183,5 +188,5 @@ def select(sites: list[Site], settings: Settings) -> list[Site]:
 
 def patch_of(model: Any) -> Patch | None:
     """The patch on ``model``, if there is one."""
-    patch: Patch | None = getattr(unet_of(model), ATTRIBUTE, None)
+    patch: Patch | None = getattr(denoiser_of(model), ATTRIBUTE, None)
     return patch

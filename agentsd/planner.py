@@ -155,6 +155,7 @@ class Call:
         features: what stands for the middle in a cached call, or is to be remembered of a full one.
         lane: where they come from, and go to.
         shapes: by the name of a module of the middle, what its output looks like.
+        entered: the input of the middle, where the features are what it adds to that.
         writes: whether outputs of the middle may be written into.
         borrowed: whether the features are in memory that a graph will write into again.
         recomputed: whether it is run a second time, for its gradients.
@@ -166,6 +167,7 @@ class Call:
     features: Tensor | None = None
     lane: Lane | None = None
     shapes: dict[str, Any] | None = None
+    entered: Tensor | None = None
     writes: bool = False
     borrowed: bool = False
     recomputed: bool = False

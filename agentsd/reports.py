@@ -11,7 +11,7 @@ from agentsd.block import PatchedBlock
 from agentsd.control import most_full
 from agentsd.costs import attention_seconds
 from agentsd.hosts import Site, host_of
-from agentsd.models import controlnets_of, unet_of
+from agentsd.models import controlnets_of, denoiser_of
 from agentsd.patch import Patch, patch_of
 from agentsd.planner import Grid, plan
 from agentsd.processor import possible
@@ -98,7 +98,7 @@ class Report:
         blocks = f"{len(self.patched)} of {len(self.layers)} transformer blocks patched"
         head = [f"{blocks}, {ratio}for {height}x{width} latents"]
         if settings.reuses:
-            share = f"a cached call runs {self.cached_share:.0%} of the UNet"
+            share = f"a cached call runs {self.cached_share:.0%} of the denoiser"
             calls = f"{self.full} of {USUAL_STEPS} calls are full"
             if settings.cache_tolerance:
                 calls = f"as many calls are full as each image needs, at most {self.full} of {USUAL_STEPS}"
@@ -186,17 +186,17 @@ def report(model: Any, measure: bool = False) -> Report:
             a fast GPU merging can cost more than it gains.
 
     Raises:
-        TypeError: ``model`` is neither a pipeline with a UNet nor a UNet.
+        TypeError: ``model`` is neither a pipeline with a denoiser nor a denoiser.
     """
-    unet, patch = unet_of(model), patch_of(model)
+    net, patch = denoiser_of(model), patch_of(model)
     if patch is None:
-        sites = host_of(unet).sites(unet)
+        sites = host_of(net).sites(net)
         return Report(None, (0, 0), tuple(LayerReport(site.name, (0, 0), {}, "there is no patch") for site in sites))
-    layers = _layers(unet, patch, measure)
-    for prefix, net in controlnets_of(model).items():
-        layers += [replace(layer, name=f"{prefix}.{layer.name}") for layer in _controlnet_layers(net, measure)]
+    layers = _layers(net, patch, measure)
+    for prefix, other in controlnets_of(model).items():
+        layers += [replace(layer, name=f"{prefix}.{layer.name}") for layer in _controlnet_layers(other, measure)]
     full = most_full(USUAL_STEPS, patch.settings)
-    share = patch.host.outer_share(unet, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
+    share = patch.host.outer_share(net, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
     kept = patch.reuse.nbytes if patch.reuse is not None else 0
     return Report(patch.settings, patch.latent_size, tuple(layers), full, share, patch.calls, kept)
 

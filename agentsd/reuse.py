@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from agentsd.control import Controller, Table
 from agentsd.hosts import Inputs, Middle
@@ -41,12 +41,13 @@ class Reuse:
     def attach(self, net: nn.Module) -> list[tuple[nn.Module, Wrap]]:
         """Let the middle be skipped; `Wrap.undo` of each undoes it."""
         self._net = Weakly(net)
-        middle, wraps = self.middle, []
-        for name in (*middle.unread, middle.last):
-            answer = self._last if name == middle.last else self._unread
-            module = net.get_submodule(name)
-            wraps.append((module, wrap(module, partial(answer, name))))
-        return wraps
+        middle = self.middle
+        answers: dict[str, Callable[..., Any]] = dict.fromkeys(middle.unread, self._unread)
+        answers[middle.last] = self._unread if middle.reader else self._last
+        if middle.reader:
+            answers[middle.reader] = self._reads
+        modules = {name: net.get_submodule(name) for name in answers}
+        return [(module, wrap(module, partial(answers[name], name))) for name, module in modules.items()]
 
     def before_call(self, moment: Moment, inputs: Inputs) -> Call:
         """Decide on the call at ``moment``. Calls of a trajectory that cannot be told from another's are full."""
@@ -112,6 +113,8 @@ class Reuse:
         call = self._now.call
         if call is None or call.shapes is None:
             return forward(*args, **kwargs)
+        if self.middle.reader and call.entered is None:
+            call.entered = args[0] if args else kwargs["hidden_states"]
         if call.cached:
             return _blank(call.shapes[name], call)
         output = forward(*args, **kwargs)
@@ -131,6 +134,17 @@ class Reuse:
         call.features = features if call.borrowed and not call.writes else features.clone()
         return output
 
+    def _reads(self, name: str, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Of a sum: the features are kept in float32, since half precision would lose them beside what they add to."""
+        call = self._now.call
+        if call is None or call.shapes is None or call.entered is None:
+            return forward(x, *args, **kwargs)
+        if call.cached and call.features is not None:
+            return forward((call.entered + call.features).to(call.entered.dtype), *args, **kwargs)
+        call.borrowed = torch.compiler.is_compiling()
+        call.features = x.detach().float() - call.entered.detach().float()
+        return forward(x, *args, **kwargs)
+
     @property
     def nbytes(self) -> int:
         """Memory of the features that the present thread keeps between calls."""
@@ -138,11 +152,15 @@ class Reuse:
 
 
 def _shapes(output: Any) -> Any:
+    if output is None:  # as the text of Stable Diffusion 3's last block
+        return None
     return tuple(map(_shapes, output)) if isinstance(output, tuple) else output.shape
 
 
 def _blank(shapes: Any, call: Call) -> Any:
     """What stands where nothing reads: of the right shape and of no memory, unless the call writes into it."""
+    if shapes is None:
+        return None
     if not isinstance(shapes, torch.Size):
         return tuple(_blank(shape, call) for shape in shapes)
     features: Any = call.features

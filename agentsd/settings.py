@@ -24,6 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "quality": {**REUSED, "ratio": 0.0, "cache_interval": 0.095},
         "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 0.125},
+        "adaptive": {**REUSED, "ratio": 0.0, "cache_interval": 0.125, "cache_tolerance": 0.3},
         "fast": {**REUSED, "cache_interval": 0.125},
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }

@@ -20,7 +20,7 @@ MOST_LANES = 4  # calls of one step; guidance makes two or three
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What tells the calls of one step apart: the shape of the latents, and what they are conditioned on."""
+    """What tells the calls of one step apart: the shape of the latents, what they are conditioned on and skip."""
 
     kind: tuple[Any, ...]
     text: Tensor | None
@@ -28,7 +28,7 @@ class Condition:
     @classmethod
     def of(cls, inputs: Inputs) -> Condition:
         sample = inputs.sample
-        return cls((sample.shape, sample.dtype, sample.device), inputs.text)
+        return cls((sample.shape, sample.dtype, sample.device, inputs.skipped), inputs.text)
 
     def is_in_memory_of(self, other: Condition) -> bool:
         a, b = self.text, other.text

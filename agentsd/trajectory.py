@@ -50,8 +50,12 @@ class Trajectory:
         copied._scheduler = copy.deepcopy(self.scheduler, memo)
         return copied
 
-    def locate(self, timestep: Tensor | float) -> Moment:
-        """The moment of a call with ``timestep``, in the scheduler's state before it. Of a batch, the first counts."""
+    def locate(self, timestep: Tensor | float, divisor: float = 1.0) -> Moment:
+        """The moment of a call with ``timestep``, in the scheduler's state before it. Of a batch, the first counts.
+
+        Args:
+            divisor: by which the loop has divided the schedule's timestep, after casting it to this one's type.
+        """
         scheduler = self.scheduler
         timesteps = getattr(scheduler, "timesteps", None)
         if isinstance(timesteps, Tensor) and (place := _place_in(timesteps, timestep)) is not None:
@@ -63,9 +67,11 @@ class Trajectory:
             step = call if schedule[0] >= schedule[-1] else calls - 1 - call  # inversion goes up, from the image
             return Moment(step, calls, call, calls, _Schedule(timestep))
         values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
-        value, mixed = values[0] if values else math.nan, len(set(values)) > 1
+        value, mixed = values[0] * divisor if values else math.nan, len(set(values)) > 1
+        # half precision may not tell neighbours in the schedule apart
+        inexact = 2 * torch.finfo(getattr(timestep, "dtype", torch.float32)).eps if divisor != 1 else 0.0
         trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-        if isinstance(timesteps, Tensor) and (found := self._look_up(scheduler, value)) is not None:
+        if isinstance(timesteps, Tensor) and (found := self._look_up(scheduler, value, inexact)) is not None:
             # before it is set, a scheduler's schedule is all training timesteps: not that of a loop with its own
             known = len(timesteps) if len(timesteps) < trained else None
             return Moment(*_steps(scheduler, found), found, known, _Schedule(timesteps), mixed)
@@ -91,14 +97,18 @@ class Trajectory:
         self._known = [(schedule, timesteps.tolist()), *self._known[:1]]
         return self._known[0][1]
 
-    def _look_up(self, scheduler: Any, value: float) -> int | None:
-        """The place of a value in the schedule. Where it stands there twice, the scheduler may know which it is."""
-        values = self._values(scheduler.timesteps)
-        places = [place for place, known in enumerate(values) if known == value]
+    def _look_up(self, scheduler: Any, value: float, inexact: float) -> int | None:
+        """The place of a value in the schedule. Where it may be several, the scheduler may know which it is.
+
+        Args:
+            inexact: of the value, as a share of it.
+        """
+        off = [abs(known - value) for known in self._values(scheduler.timesteps)]
+        places = [place for place, error in enumerate(off) if error <= inexact * abs(value)]
         for expected in (getattr(scheduler, name, None) for name in ("step_index", "begin_index", "counter")):
             if expected in places:
                 return int(expected)
-        return places[0] if places else None
+        return min(places, key=off.__getitem__) if places else None
 
 
 class _Schedule:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,85 +14,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from agentsd.apply import apply_patch, patched, without_patch
-from agentsd.models import unet_of
+from agentsd.models import denoiser_of
+from agentsd.trials import SAME, Trial, Tuning, choose, parse_target
 
 PROMPTS = ("a red fox in the snow", "a harbour at night", "portrait of an old sailor", "a bowl of fruit on a table")
-FAITHFUL = 35.0  # dB, where there are too few steps to be halved
-SAME = 1.03  # ratios of seconds below this are noise
 # in the order in which they are tried while time is left: those that most often win come first
 CANDIDATES: Mapping[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
+    "adaptive": {"preset": "adaptive"},
     "quality": {"preset": "quality"},
     "fast": {"preset": "fast"},
-    "balanced, cache_tolerance=0.3": {"preset": "balanced", "cache_tolerance": 0.3},
+    "adaptive, cache_tolerance=0.6": {"preset": "adaptive", "cache_tolerance": 0.6},
     "balanced, cache_interval=2": {"preset": "balanced", "cache_interval": 2},
     "balanced, cache_interval=0.2": {"preset": "balanced", "cache_interval": 0.2},
-    "balanced, cache_tolerance=0.15": {"preset": "balanced", "cache_tolerance": 0.15},
+    "adaptive, cache_tolerance=0.15": {"preset": "adaptive", "cache_tolerance": 0.15},
     "few_steps": {"preset": "few_steps"},
     "the paper's schedule": {},
 }
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One way to draw the images.
-
-    Attributes:
-        settings: arguments of `agentsd.apply_patch`; None where nothing is patched.
-        seconds: of an image, the median.
-        speedup: over the unpatched pipeline.
-        worst, mean: PSNR to the unpatched images, in dB: of the worst image, and on average.
-    """
-
-    name: str
-    settings: dict[str, Any] | None
-    seconds: float
-    speedup: float
-    worst: float
-    mean: float
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What `tune` found. Prints as a table; `save` writes what ``preset=Path(...)`` reads.
-
-    Attributes:
-        settings: arguments of `agentsd.apply_patch`; None where it is best to leave the pipeline unpatched.
-        verdict: the choice, and why, in a sentence.
-        images: how many were drawn for each trial.
-        trials: all that was tried.
-        advice: what gains beside a patch, with what was measured.
-        untried: candidates for which there was no time.
-    """
-
-    settings: dict[str, Any] | None
-    verdict: str
-    images: int
-    trials: tuple[Trial, ...]
-    advice: tuple[str, ...]
-    untried: tuple[str, ...]
-
-    def save(self, path: str | Path) -> None:
-        """As JSON.
-
-        Raises:
-            ValueError: it is best to leave the pipeline unpatched, so that there is nothing to save.
-        """
-        if self.settings is None:
-            raise ValueError(f"there are no settings to save: {self.verdict}.")
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    def __str__(self) -> str:
-        rows = [("", "seconds", "speed-up", f"worst of {self.images}, dB", "mean, dB")]
-        for trial in self.trials:
-            decibels = (f"{trial.worst:.1f}", f"{trial.mean:.1f}") if math.isfinite(trial.worst) else ("same", "same")
-            rows.append((trial.name, f"{trial.seconds:.2f}", f"{trial.speedup:.2f}x", *decibels))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        untried = [f"no time was left for: {', '.join(self.untried)}"] if self.untried else []
-        return "\n".join([*table, *untried, *self.advice, f"agentsd: {self.verdict}."])
 
 
 def tune(
@@ -131,7 +65,7 @@ def tune(
         ValueError: ``target`` is neither, there is no prompt, or the pipeline cannot be patched.
         TypeError: ``pipe`` is not a pipeline.
     """
-    wanted = _target(target)
+    wanted = parse_target(target)
     if not prompts:
         raise ValueError("prompts=() is not allowed: expected one prompt or more.")
     if not callable(pipe) or not hasattr(pipe, "set_progress_bar_config"):
@@ -168,8 +102,8 @@ def tune(
                 untried.append(name)
             else:
                 trials.append(attempt(name, settings))
-        chosen, verdict = _choose(trials, wanted)
-        if next(unet_of(pipe).parameters()).is_cuda:
+        chosen, verdict = choose(trials, wanted)
+        if next(denoiser_of(pipe).parameters()).is_cuda:
             given = chosen.settings if chosen is not None and chosen.settings is not None else {"ratio": 0}
             graphs = attempt(f"{chosen.name if chosen else 'unpatched'}, cuda_graphs", {**given, "cuda_graphs": True})
             trials.append(graphs)
@@ -180,39 +114,6 @@ def tune(
     if found is not None and apply:
         apply_patch(pipe, **found)
     return Tuning(found, verdict, count, tuple(trials), tuple(advice), tuple(untried))
-
-
-def _target(text: str | None) -> tuple[str, float] | None:
-    """``("x", 2.0)`` or ``("dB", 35.0)``."""
-    found = re.fullmatch(r"\s*(?:p5\s*)?(?:>=\s*)?(\d+(?:\.\d+)?)\s*(x|dB)\s*", text) if text is not None else None
-    if text is not None and found is None:
-        raise ValueError(f"target={text!r} is not allowed: expected a speed-up ('2x'), a fidelity ('35 dB'), or None.")
-    return (found[2], float(found[1])) if found is not None else None
-
-
-def _choose(trials: list[Trial], wanted: tuple[str, float] | None) -> tuple[Trial | None, str]:
-    """The trial to take, None for none, and why."""
-    half = next((trial for trial in trials[1:] if trial.settings is None), None)
-    candidates = [trial for trial in trials if trial.settings is not None and trial.speedup > SAME]
-    if not candidates:
-        return None, "leave it unpatched: nothing that was tried is faster here"
-    if wanted is not None and wanted[0] == "x":
-        reached = [trial for trial in candidates if trial.speedup >= wanted[1]]
-        best = max(reached, key=lambda trial: trial.worst, default=None)
-        asked = f"{wanted[1]:g}x"
-    else:
-        least = wanted[1] if wanted is not None else half.worst if half is not None else FAITHFUL
-        best = max((t for t in candidates if t.worst >= least), key=lambda trial: trial.speedup, default=None)
-        asked = f"{least:.1f} dB" + (
-            ", the fidelity of half the steps," if wanted is None and half is not None else ""
-        )
-        if half is not None and half.worst >= least and half.speedup > (best.speedup if best is not None else 1):
-            return None, f"leave it unpatched and halve the steps: {half.speedup:.2f}x with {half.worst:.1f} dB"
-    if best is None:
-        fastest = max(candidates, key=lambda trial: trial.speedup)
-        near = f"{fastest.name} has {fastest.speedup:.2f}x with {fastest.worst:.1f} dB"
-        return None, f"leave it unpatched: {asked} is reached by nothing that was tried; {near}"
-    return best, f"{best.name}: {best.speedup:.2f}x, the worst image at {best.worst:.1f} dB"
 
 
 Draw = Callable[..., tuple[list[Tensor], list[float]]]
@@ -234,7 +135,7 @@ def _drawer(pipe: Any, prompts: Sequence[str], seed: int, inputs: Mapping[str, A
 
 def _advice(pipe: Any, draw: Draw, count: int, unpatched: float) -> list[str]:
     """What helps without a patch, or beside one."""
-    net: Any = unet_of(pipe)
+    net: Any = denoiser_of(pipe)
     said = []
     layouts = [(parameter, parameter.data) for parameter in net.parameters()]
     if any(weight.dim() == 4 for _, weight in layouts):

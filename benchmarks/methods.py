@@ -160,6 +160,7 @@ METHODS: dict[str, Method] = {
     "agentsd r=0.4, reuse N=3": agent(cache_interval=3),
     "agentsd quality": agent(preset="quality"),
     "agentsd balanced": agent(preset="balanced"),
+    "agentsd adaptive": agent(preset="adaptive"),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
     "agentsd fast": agent(preset="fast"),
     LIMIT: Method(no_attention, settings={"self-attention": False}),

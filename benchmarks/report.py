@@ -28,7 +28,7 @@ Made by `python benchmarks/report.py` from the JSON files beside this page, whic
 of the real architectures with random weights, against PyTorch's fused attention, median of the ratios taken within a
 round, with their range; quality that of the demo model, whose 32x32 latents have 1,024 tokens. Operations and peak
 memory are counted: tensors of a call and features that it keeps, no weights and no workspace of kernels. The paper's
-own figures are in the README. Nobody has measured yet, to our knowledge: FID of this implementation with trained
+own figures are in docs/measured.md. Nobody has measured yet, to our knowledge: FID of this implementation with trained
 Stable Diffusion weights.
 
 To add to it, run `benchmarks/latency.py`, `quality.py` or `operations.py`, copy the JSON file from `runs/results/` to

@@ -12,13 +12,13 @@ import time
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
 from common import arguments, load
 from diffusers import AutoPipelineForText2Image
 from PIL import Image
 
 import agentsd
+from agentsd.cli.pictures import psnr
 
 PAPER = "paper's schedule"
 HEADINGS = ["", "seconds", "speed-up", "PSNR, dB"]
@@ -80,12 +80,6 @@ class Comparison:
             generator=generator,
             callback_on_step_end=advance,
         ).images[0]
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    error = np.square(np.asarray(a, dtype=np.float64) - np.asarray(b)).mean()
-    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
 def page(pipe: Any, defaults: Any) -> gr.Blocks:

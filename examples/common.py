@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from agentsd.cli.pipelines import default_device, precision
+
 EXAMPLES = Path(__file__).parent
-DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+DEVICE = default_device()
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.float16
 
 
@@ -27,12 +28,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="the picture (default: out.png)")
     return parser
-
-
-def precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """As an argument of `from_pretrained`, for which diffusers before 0.40 has another name."""
-    release = tuple(map(int, diffusers.__version__.split(".")[:2]))
-    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
 
 
 def load(pipeline: Any, args: argparse.Namespace, **components: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The README's table is the results', and links lead somewhere."""
+"""The tables are the results', and links lead somewhere."""
 
 import re
 import sys
@@ -7,16 +7,27 @@ import pytest
 from conftest import ROOT
 
 CARDS = ("examples/demo_model/README.md", "examples/demo_model_sd3/README.md")
-NAMES = ("README.md", "CONTRIBUTING.md", "docs/compatibility.md", *CARDS)
-PAGES = [ROOT / name for name in NAMES]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", *CARDS)] + sorted((ROOT / "docs").glob("*.md"))
 
 
-def test_the_readme_gives_the_results():
+def test_the_page_gives_the_results():
     pytest.importorskip("rich", reason="the extra `bench` is not installed")
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import readme  # noqa: PLC0415
+    import measured  # noqa: PLC0415
 
-    assert readme.table() in (ROOT / "README.md").read_text()
+    assert measured.table() in (ROOT / "docs" / "measured.md").read_text()
+
+
+def test_the_first_screen_repeats_the_page():
+    """Each speed-up of the README's table is that of the same row in measured.md, which has its range, too."""
+    cells = lambda name: [line.strip("| ").split(" | ") for line in (ROOT / name).read_text().splitlines()]
+    measured = {row[0]: row[1:4] for row in cells("docs/measured.md") if len(row) == 4 and "(" in row[1]}
+    speed = r"\**\d\.\d\dx\**"
+    rows = {row[0].strip("*"): row[1:4] for row in cells("README.md") if len(row) > 3 and re.fullmatch(speed, row[1])}
+    assert len(rows) == 7
+    for method, speeds in rows.items():
+        known = measured[method.replace("the paper's schedule, r=0.4", "agentsd r=0.4 (the paper's schedule)")]
+        assert [speed.strip("*") for speed in speeds] == [text.split()[0] for text in known]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

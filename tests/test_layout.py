@@ -8,10 +8,12 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "agentsd"
+WHOLE = ("cli", "vision")
 ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "control", "hosts.base"}
-EXTRAS = {  # of modules that import others than torch and diffusers; those of vision need an extra
-    "vision": {"torch", "timm", "torchvision"},
+OTHERS = {  # that import other packages than PyTorch and diffusers
+    "vision": {"torch", "timm", "torchvision"},  # an extra
     "tuning": {"torch", "tqdm"},
+    "cli": {"torch", "diffusers", "accelerate", "tqdm", "numpy", "PIL"},  # which diffusers brings
 }
 MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "schedule": "",
@@ -26,7 +28,11 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "settings": "schedule",
     "trajectory": "schedule wrapping",
     "hosts.unet": "hosts.base",
-    "hosts": "hosts.base hosts.unet",
+    "hosts.transformer": "hosts.base",
+    "hosts.sd3": "hosts.base hosts.transformer",
+    "hosts.flux": "hosts.base hosts.transformer",
+    "hosts.pixart": "hosts.transformer",
+    "hosts": "hosts.base hosts.unet hosts.sd3 hosts.flux hosts.pixart",
     "planner": "schedule settings matching features",
     "processor": "schedule attention planner",
     "block": "matching merge checkpointing settings hosts planner processor",
@@ -39,16 +45,21 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "apply": "wrapping settings hosts models patch",
     "costs": "schedule matching planner block",
     "reports": "schedule control costs settings hosts planner processor block models patch",
-    "tuning": "apply models",
-    "": "settings apply reports tuning",
+    "trials": "",
+    "tuning": "apply models trials",
+    "agentsd": "settings apply reports trials tuning",
+    "cli": "trials tuning agentsd",
+    "__main__": "cli",
     "vision": "attention",
 }
 
 
 def name_of(path) -> str:
-    """``hosts.unet`` for ``agentsd/hosts/unet.py``, and nothing for the package itself; `vision` is one, whole."""
+    """``hosts.unet`` for ``agentsd/hosts/unet.py``, ``agentsd`` for the package itself; some are one, whole."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "vision" if parts[0] == "vision" else ".".join(parts).replace("__init__", "").rstrip(".")
+    if parts[0] in WHOLE:
+        return parts[0]
+    return ".".join(parts).replace("__init__", "").rstrip(".") or "agentsd"
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -71,7 +82,8 @@ def imports_of(source: str) -> tuple[set[str], set[str]]:
         for name in names:
             package, _, module = name.partition(".")
             if package == "agentsd":
-                own.add("vision" if module.startswith("vision.") else module)
+                first = module.partition(".")[0]
+                own.add(first if first in WHOLE else module or "agentsd")
             else:
                 others.add(package)
     return own, others
@@ -80,7 +92,7 @@ def imports_of(source: str) -> tuple[set[str], set[str]]:
 def test_imports_are_found_in_every_form():
     assert imports_of("from agentsd.vision.build import build")[0] == {"vision"}
     lines = ["import agentsd.patch", "from agentsd import merge, report", "def f():", "    import agentsd.hosts.unet"]
-    assert imports_of("\n".join(lines)) == ({"patch", "merge", "", "hosts.unet"}, set())
+    assert imports_of("\n".join(lines)) == ({"patch", "merge", "agentsd", "hosts.unet"}, set())
     others = imports_of("import torch.nn as nn\nfrom diffusers.models import attention")[1]
     assert others == {"torch", "diffusers"}
 
@@ -91,7 +103,7 @@ def test_every_module_is_in_the_table():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_what_it_may(module):
-    allowed = {"torch"} if module in ALGORITHM else EXTRAS.get(module, {"torch", "diffusers"})
+    allowed = {"torch"} if module in ALGORITHM else OTHERS.get(module, {"torch", "diffusers"})
     for path in MODULES[module]:
         own, others = imports_of(path.read_text())
         assert own - {module} <= set(MAY_IMPORT[module].split()), path.name
@@ -104,7 +116,9 @@ def test_the_order_has_no_circle_and_is_that_of_the_contributors_page():
         assert set(MAY_IMPORT[module].split()) <= set(order[:place]), module
     page = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| (`[^|]+) \|", page, flags=re.MULTILINE)
-    assert [name for row in rows for name in re.findall(r"`([a-z.]+)`", row)] == [name for name in order if name]
+    assert [name for row in rows for name in re.findall(r"`([a-z0-9._]+)`", row)] == [
+        name for name in order if name != "agentsd"
+    ]
 
 
 def test_the_algorithm_is_made_of_itself():

@@ -26,7 +26,7 @@ def test_what_is_given_beside_it_goes_before_it_defaults_too(given):
     assert settings_of(preset="balanced", **given, min_tokens=0) == expected
 
 
-@pytest.mark.parametrize("name", ["quality", "balanced", "fast"])
+@pytest.mark.parametrize("name", ["quality", "balanced", "adaptive", "fast"])
 def test_a_ratio_beside_it_merges_tokens_and_brings_no_agents(name):
     """Of what may be done to whole calls merging costs least, and agents most."""
     assert [phase.name for phase in settings_of(preset=name, ratio=0.2).phases] == ["merge"]

@@ -35,7 +35,7 @@ def test_quickstart(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--ratio", "0.9"], "ratio=0.9 is not allowed"),
+        (["--set", "ratio=0.9"], "ratio=0.9 is not allowed"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--out", "no/such/folder/out.png"], "no/such/folder"),
         (["--steps", "0"], "--steps"),
@@ -91,7 +91,7 @@ def test_guidance_steers_the_demo_model(demo):
 
 
 def test_the_preset_is_timed_by_its_own_calls(monkeypatch, capsys):
-    """A call that is booked as cached is one: of a round's six calls the last alone leaves the middle out."""
+    """A call that is booked as cached is one: of a round's calls the last alone leaves the middle out."""
     monkeypatch.syspath_prepend(EXAMPLES)
     import quickstart  # noqa: PLC0415
 
@@ -105,9 +105,10 @@ def test_the_preset_is_timed_by_its_own_calls(monkeypatch, capsys):
 
     calls: list[bool] = []
     monkeypatch.setattr(quickstart, "real_size_unet", small)
-    quickstart.time_real_size(0.4, "cpu", seconds=0.0)
-    assert calls == [True, True, True, True, True, False] * (len(calls) // 6)
-    assert 'preset="fast"' in capsys.readouterr().out
+    quickstart.time_real_size("cpu", seconds=0.0)
+    rounds = "".join("full " if full else "cached\n" for full in calls).splitlines()
+    assert rounds == ["full full full cached"] * len(rounds)  # the first is unpatched
+    assert 'preset="balanced"' in capsys.readouterr().out
 
 
 def test_things_have_short_names():

@@ -208,11 +208,11 @@ def test_device_reads(name, monkeypatch):
     reads, counts, locate = [], [], Trajectory.locate
     item, tolist = torch.Tensor.item, torch.Tensor.tolist
 
-    def counted_locate(self, timestep):
+    def counted_locate(self, *timestep):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "item", lambda x: reads.append(x) or item(x))
             patch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x) or tolist(x))
-            moment = locate(self, timestep)
+            moment = locate(self, *timestep)
         counts.append(len(reads))
         reads.clear()
         return moment

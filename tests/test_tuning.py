@@ -10,7 +10,8 @@ from conftest import ROOT, make_pipeline
 from diffusers import StableDiffusionPipeline
 
 import agentsd
-from agentsd.tuning import CANDIDATES, Trial, _choose, _target
+from agentsd.trials import Trial, choose, parse_target
+from agentsd.tuning import CANDIDATES
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,14 @@ FAST, GOOD, SLOW = trial("fast", 4.0, 30.0), trial("good", 3.0, 40.0), trial("sl
     ],
 )
 def test_the_choice_reaches_the_target_or_there_is_none(target, tried, chosen):
-    best, verdict = _choose([UNPATCHED, HALF, *tried], _target(target))
+    best, verdict = choose([UNPATCHED, HALF, *tried], parse_target(target))
     assert best is chosen
     assert (chosen.name in verdict) if chosen is not None else verdict.startswith("leave it unpatched")
 
 
 def test_fewer_steps_may_be_the_answer():
     quick = trial("half", 3.5, 41.0, None)
-    best, verdict = _choose([UNPATCHED, quick, FAST, GOOD], None)
+    best, verdict = choose([UNPATCHED, quick, FAST, GOOD], None)
     assert best is None and "halve the steps: 3.50x" in verdict
 
 

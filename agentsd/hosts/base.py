@@ -34,10 +34,14 @@ class Middle:
     Attributes:
         unread: modules whose outputs nothing reads in a cached call.
         last: the module whose output stands for all of them: these are the deep features.
+        reader: the module after the middle, where its first argument is the input of the middle and what that adds to
+            it. The deep features are then this difference, and nothing reads the output of ``last`` either: so they
+            hold what ControlNets add in between, and it does not matter which modules a call leaves out.
     """
 
     unread: tuple[str, ...]
     last: str
+    reader: str = ""
 
     def holds(self, name: str) -> bool:
         """Whether the module called ``name`` is in it."""
@@ -49,25 +53,36 @@ class Inputs:
     """What a denoiser call says of itself.
 
     Attributes:
-        sample: the latents, (B, C, H, W).
+        sample: the latents, (B, C, H, W), unless they are ``packed``.
         timestep: as it was given.
         text: what the call is conditioned on; calls of one step are told apart by it.
         writes: whether the call may write into outputs of the middle, so that these need memory of their own.
+        packed: height and width of latents that come packed as tokens, (B, N, C).
+        skipped: the blocks that the call leaves out: by these, too, calls of one step are told apart.
+        divisor: by which the loop has divided the schedule's timestep, after casting it to the type it was given in.
     """
 
     sample: Tensor
     timestep: Tensor | float
     text: Tensor | None = None
     writes: bool = False
+    packed: tuple[int, int] | None = None
+    skipped: tuple[int, ...] = ()
+    divisor: float = 1.0
 
     @property
     def size(self) -> tuple[int, int]:
+        if self.packed is not None:
+            return self.packed
         height, width = self.sample.shape[-2:]
         return height, width
 
 
 class Host(Protocol):
     """What is known of one architecture. Hosts have no state: a denoiser is an argument of every question."""
+
+    def knows(self, net: Any) -> bool:
+        """Whether ``net`` is of this architecture, as its blocks tell."""
 
     def inputs(self, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         """What a call with these arguments says; None where some are missing, which the denoiser itself reports."""
@@ -82,7 +97,7 @@ class Host(Protocol):
         """Height and width of the latents that the denoiser was made for."""
 
     def middle(self, net: nn.Module, branch: int) -> Middle:
-        """What a cached call skips, where ``branch`` more layers run on the way down than at least.
+        """What a cached call skips, where ``branch`` more layers run at its beginning than at least.
 
         Raises:
             ValueError: features of this denoiser cannot be reused, or not with this ``branch``.

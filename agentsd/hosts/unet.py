@@ -23,6 +23,9 @@ PARTS = ("resnets", "attentions", "motion_modules")  # one layer of a block, in 
 class UNet:
     """The `agentsd.hosts.base.Host` of these."""
 
+    def knows(self, net: Any) -> bool:
+        return hasattr(net, "down_blocks")
+
     def inputs(self, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         named = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         if named.get("sample") is None or named.get("timestep") is None:

@@ -24,8 +24,9 @@ SETTINGS = {
     "reuse": {"seed": 0, "ratio": 0, "cache_interval": 2},
     "balanced": {"seed": 0, "preset": "balanced"},
     "fast": {"seed": 0, "preset": "fast", "merge_mlp": True},
+    "adaptive": {"seed": 0, "preset": "adaptive", "cache_tolerance": 0.05},
 }
-REUSING = {name: SETTINGS[name] for name in ("reuse", "balanced", "fast")}
+REUSING = {name: SETTINGS[name] for name in ("reuse", "balanced", "fast", "adaptive")}
 SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler,
     "DDPM": diffusers.DDPMScheduler,

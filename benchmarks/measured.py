@@ -1,4 +1,4 @@
-"""Put the README's table in, rendered from the results: `python benchmarks/readme.py`. A test checks that it was."""
+"""Put the table of docs/measured.md in, rendered from the results: `python benchmarks/measured.py`. A test checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tables import ABOVE, markdown, speedups, title, with_error
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- table: python benchmarks/readme.py -->\n", "<!-- end of table -->"
+BEGIN, END = "<!-- table: python benchmarks/measured.py -->\n", "<!-- end of table -->"
 PSNR, P5, DISTANCE = "PSNR, dB", "PSNR p5", "FD-EffNetLite0"
 
 
@@ -48,9 +48,9 @@ def load(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(before + BEGIN + table() + END + rest.split(END, 1)[1])
+    page = ROOT / "docs" / "measured.md"
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(before + BEGIN + table() + END + rest.split(END, 1)[1])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""The options that several commands take, and what they mean as arguments of `agentsd.apply_patch`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import agentsd
+
+UNPATCHED, PAPER = "none", "paper"  # beside the presets
+
+
+class CommandError(Exception):
+    """What the user can mend: it is said in one line, and the exit code is 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add(commands: Any, name: str, run: Callable[..., Any], doc: str | None) -> argparse.ArgumentParser:
+    """The parser of a command: the first line of its module's ``doc`` is its help, the rest the examples."""
+    head, _, examples = (doc or "").partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=head, description=head, epilog=examples, formatter_class=form
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="demo", help="id, folder, or demo (default), which the repository has")
+    group.add_argument("--device", help="cuda, mps, cpu (default: the best there is)")
+    dtypes = ("float16", "bfloat16", "float32")
+    group.add_argument("--dtype", choices=dtypes, help="default: float16, on a CPU float32")
+    group.add_argument("--offload", action="store_true", help="keep the parts of the model on the CPU until they run")
+
+
+def add_patch(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("patch")
+    names = ", ".join((*agentsd.PRESETS, PAPER, UNPATCHED))
+    group.add_argument(
+        "--preset", default="balanced", help=f"{names}, or a file of `agentsd tune` (default: balanced)"
+    )
+    example = "settings beside it, as cache_interval=4"
+    group.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=example)
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("image")
+    group.add_argument("--steps", type=at_least(1), default=25, help="denoising steps (default: 25)")
+    group.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
+    group.add_argument("--negative-prompt", help="what is not to be seen")
+    group.add_argument("--height", type=at_least(8), help="pixels (default: the model's own)")
+    group.add_argument("--width", type=at_least(8), help="pixels (default: the model's own)")
+    group.add_argument(
+        "--seed", type=at_least(0), default=0, help="of the first image; the next has the next (default: 0)"
+    )
+
+
+def add_prompts(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    source = parser.add_mutually_exclusive_group(required=required)
+    source.add_argument("--prompt", nargs="+", help="one or more prompts")
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt in each line")
+
+
+def prompts_of(args: argparse.Namespace) -> list[str] | None:
+    """What was given, by either way.
+
+    Raises:
+        CommandError: the file cannot be read, or has none.
+    """
+    if args.prompts is None:
+        return args.prompt  # type: ignore[no-any-return]
+    try:
+        lines = args.prompts.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--prompts {args.prompts}: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise CommandError(f"--prompts {args.prompts}: it has no prompt; write one in each line")
+    return prompts
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: expected a whole number, {least} or more")
+        return number
+
+    return whole
+
+
+def patch_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The keyword arguments of `agentsd.apply_patch`, tried before a model is loaded; None is no patch at all.
+
+    Raises:
+        CommandError: there is no such preset, file or setting, or a value is out of range.
+    """
+    name, given = args.preset, dict(map(_assignment, args.set))
+    if name == UNPATCHED:
+        if given:
+            raise CommandError(f"--set {args.set[0]}: there is no patch with --preset {UNPATCHED}")
+        return None
+    settings: dict[str, Any] = {"seed": args.seed} if "seed" in args else {}
+    if name.endswith(".json"):  # as `agentsd.tune` saves them
+        try:
+            agentsd.Settings.of(Path(name), {})
+            settings |= json.loads(Path(name).read_text())["settings"]
+        except (OSError, TypeError, ValueError) as error:
+            raise CommandError(f"--preset {name}: {error}") from None
+    elif name != PAPER:
+        if name not in agentsd.PRESETS:
+            allowed = ", ".join((*agentsd.PRESETS, PAPER, UNPATCHED))
+            raise CommandError(f"--preset {name}: expected one of {allowed}, or a file of `agentsd tune`")
+        settings["preset"] = name
+    settings |= given
+    try:
+        agentsd.Settings.of(settings.get("preset"), {k: v for k, v in settings.items() if k != "preset"})
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    return settings
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise CommandError(f"--set {text}: expected NAME=VALUE, as cache_interval=4")
+    try:
+        return name, json.loads(value.replace("True", "true").replace("False", "false").replace("None", "null"))
+    except ValueError:
+        return name, value

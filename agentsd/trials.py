@@ -1,0 +1,108 @@
+"""What was tried in search of settings, and the choice between them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FAITHFUL = 35.0  # dB, where there are too few steps to be halved
+SAME = 1.03  # ratios of seconds below this are noise
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to draw the images.
+
+    Attributes:
+        settings: arguments of `agentsd.apply_patch`; None where nothing is patched.
+        seconds: of an image, the median.
+        speedup: over the unpatched pipeline.
+        worst, mean: PSNR to the unpatched images, in dB: of the worst image, and on average.
+    """
+
+    name: str
+    settings: dict[str, Any] | None
+    seconds: float
+    speedup: float
+    worst: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` found. Prints as a table; `save` writes what ``preset=Path(...)`` reads.
+
+    Attributes:
+        settings: arguments of `agentsd.apply_patch`; None where it is best to leave the pipeline unpatched.
+        verdict: the choice, and why, in a sentence.
+        images: how many were drawn for each trial.
+        trials: all that was tried.
+        advice: what gains beside a patch, with what was measured.
+        untried: candidates for which there was no time.
+    """
+
+    settings: dict[str, Any] | None
+    verdict: str
+    images: int
+    trials: tuple[Trial, ...]
+    advice: tuple[str, ...]
+    untried: tuple[str, ...]
+
+    def save(self, path: str | Path) -> None:
+        """As JSON.
+
+        Raises:
+            ValueError: it is best to leave the pipeline unpatched, so that there is nothing to save.
+        """
+        if self.settings is None:
+            raise ValueError(f"there are no settings to save: {self.verdict}.")
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        rows = [("", "seconds", "speed-up", f"worst of {self.images}, dB", "mean, dB")]
+        for trial in self.trials:
+            decibels = (f"{trial.worst:.1f}", f"{trial.mean:.1f}") if math.isfinite(trial.worst) else ("same", "same")
+            rows.append((trial.name, f"{trial.seconds:.2f}", f"{trial.speedup:.2f}x", *decibels))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        untried = [f"no time was left for: {', '.join(self.untried)}"] if self.untried else []
+        return "\n".join([*table, *untried, *self.advice, f"agentsd: {self.verdict}."])
+
+
+def parse_target(text: str | None) -> tuple[str, float] | None:
+    """``("x", 2.0)`` or ``("dB", 35.0)``."""
+    found = re.fullmatch(r"\s*(?:p5\s*)?(?:>=\s*)?(\d+(?:\.\d+)?)\s*(x|dB)\s*", text) if text is not None else None
+    if text is not None and found is None:
+        raise ValueError(f"target={text!r} is not allowed: expected a speed-up ('2x'), a fidelity ('35 dB'), or None.")
+    return (found[2], float(found[1])) if found is not None else None
+
+
+def choose(trials: list[Trial], wanted: tuple[str, float] | None) -> tuple[Trial | None, str]:
+    """The trial to take, None for none, and why."""
+    half = next((trial for trial in trials[1:] if trial.settings is None), None)
+    candidates = [trial for trial in trials if trial.settings is not None and trial.speedup > SAME]
+    if not candidates:
+        return None, "leave it unpatched: nothing that was tried is faster here"
+    if wanted is not None and wanted[0] == "x":
+        reached = [trial for trial in candidates if trial.speedup >= wanted[1]]
+        best = max(reached, key=lambda trial: trial.worst, default=None)
+        asked = f"{wanted[1]:g}x"
+    else:
+        least = wanted[1] if wanted is not None else half.worst if half is not None else FAITHFUL
+        best = max((t for t in candidates if t.worst >= least), key=lambda trial: trial.speedup, default=None)
+        asked = f"{least:.1f} dB" + (
+            ", the fidelity of half the steps," if wanted is None and half is not None else ""
+        )
+        if half is not None and half.worst >= least and half.speedup > (best.speedup if best is not None else 1):
+            return None, f"leave it unpatched and halve the steps: {half.speedup:.2f}x with {half.worst:.1f} dB"
+    if best is None:
+        fastest = max(candidates, key=lambda trial: trial.speedup)
+        near = f"{fastest.name} has {fastest.speedup:.2f}x with {fastest.worst:.1f} dB"
+        return None, f"leave it unpatched: {asked} is reached by nothing that was tried; {near}"
+    return best, f"{best.name}: {best.speedup:.2f}x, the worst image at {best.worst:.1f} dB"

@@ -1,0 +1,121 @@
+"""Every snippet of the README, the docs and the model cards runs, page by page, with the demo model and few steps."""
+
+import copy
+import functools
+import re
+import shlex
+
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from conftest import ROOT
+from diffusers import (
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+
+import agentsd
+from agentsd.cli import parser, pictures
+
+DEMO = ROOT / "examples" / "demo_model"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+NEEDS = {"DeepCache": "DeepCache", "tomesd": "tomesd", "agentsd.vision": "timm", "load_lora": "peft"}
+STEPS = 4
+
+
+def blocks(page, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def with_blocks(language: str):
+    pages = [page for page in PAGES if blocks(page, language)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, demo):
+    """A folder with the files that snippets speak of, few steps, and this machine in the place of hub and GPU."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "images").mkdir()
+    for cls in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusion3Pipeline):
+        monkeypatch.setattr(cls, "__call__", in_few_steps(cls.__call__))
+    load = DiffusionPipeline.from_pretrained
+    of_hub = lambda name, **options: (StableDiffusionPipeline if "/" in name else load).from_pretrained(
+        DEMO, **options
+    )
+    monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", of_hub)
+    offload = lambda pipe: cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", offload)
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    yield tmp_path
+    torch.compiler.reset()
+
+
+def in_few_steps(call):
+    @functools.wraps(call)
+    def short(self, *args, num_inference_steps=STEPS, **kwargs):
+        return call(self, *args, num_inference_steps=min(num_inference_steps, STEPS), **kwargs)
+
+    return short
+
+
+@with_blocks("python")
+def test_python(page, here, demo, request):
+    text = page.read_text()
+    for word, package in NEEDS.items():
+        if word in text:
+            pytest.importorskip(package)
+    prepare(page, here, demo)
+    names = {"agentsd": agentsd, "prompt": "red apple on a blue background"}
+    for block in blocks(page, "python"):
+        names["pipe"] = copy.deepcopy(demo)  # each finds a pipeline that nothing has been done to
+        exec(compile(block, page.name, "exec"), names)
+
+
+def prepare(page, folder, demo) -> None:
+    if page.name == "command-line.md":
+        image = demo("", num_inference_steps=1).images[0]
+        pictures.save(image, folder / "images" / "00000.png", {"prompt": "red apple"})
+    if page.name == "together.md":
+        from peft import LoraConfig  # noqa: PLC0415
+        from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
+
+        unet = copy.deepcopy(demo.unet)
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        StableDiffusionPipeline.save_lora_weights(folder / "lora", get_peft_model_state_dict(unet))
+    if page.name == "vision.md":
+        import timm  # noqa: PLC0415
+
+        import agentsd.vision  # noqa: F401, PLC0415
+
+        torch.save(timm.create_model("agent_pvt_tiny").state_dict(), folder / "agent_pvt_t.pth")
+        backbone = timm.create_model("agent_swin_tiny").state_dict()
+        torch.save({f"backbone.{name}": value for name, value in backbone.items()}, folder / "mask_rcnn.pth")
+
+
+@with_blocks("bash")
+def test_commands(page):
+    """Commands of agentsd have the options that they are given, scripts are there, and so are extras."""
+    project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    extras = re.findall(r"^(\w+) = \[", project.partition("[tool")[0], re.M)
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = line.partition("  #")[0]
+            for words in map(shlex.split, re.split(r"&&|\||;", line)):
+                if "agentsd" in words[:1] + words[3:4]:
+                    parser().parse_args(words[words.index("agentsd") + 1 :])
+                for script in [word for word in words if word.endswith(".py") and "$" not in word]:
+                    assert (ROOT / script).is_file(), line
+                for wanted in re.findall(r"^\.\[([\w,]+)\]$", words[-1] if words else "", re.M):
+                    assert set(wanted.split(",")) <= set(extras), line

@@ -1,0 +1,102 @@
+"""Tiny transformers of the real architectures, with random weights, and what a call of each is given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from conftest import POOLED_CHANNELS, TEXT_CHANNELS, TEXT_LENGTH
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+
+KINDS = ("sd3", "sd35", "flux", "pixart")
+SD3 = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_CHANNELS,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": POOLED_CHANNELS,
+    "pos_embed_max_size": 24,
+}
+FLUX = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT_CHANNELS,
+    "pooled_projection_dim": POOLED_CHANNELS,
+    "axes_dims_rope": (4, 6, 6),
+}
+PIXART = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 4,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 16,
+    "caption_channels": TEXT_CHANNELS,
+    "use_additional_conditions": False,
+}
+
+
+def make_transformer(kind: str, **overrides):
+    torch.manual_seed(0)
+    if kind == "flux":
+        net = FluxTransformer2DModel(**FLUX | overrides)
+    elif kind == "pixart":
+        net = PixArtTransformer2DModel(**PIXART | overrides)
+    else:
+        newer = {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"} if kind == "sd35" else {}
+        net = SD3Transformer2DModel(**SD3 | newer | overrides)
+    return net.eval()
+
+
+def image_ids(rows: int, columns: int, image: int = 0) -> torch.Tensor:
+    """Flux's positions of the tokens of an image, (N, 3)."""
+    return torch.cartesian_prod(torch.tensor([image]), torch.arange(rows), torch.arange(columns)).float()
+
+
+def transformer_inputs(kind: str, batch: int = 2, height: int = 16, width: int = 16) -> dict:
+    """Keyword arguments of a call, but for the timestep; every sample differs."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(batch, *shape, generator=generator)
+    inputs = {"hidden_states": draw(4, height, width), "encoder_hidden_states": draw(TEXT_LENGTH, TEXT_CHANNELS)}
+    if kind != "pixart":
+        inputs["pooled_projections"] = draw(POOLED_CHANNELS)
+    if kind == "flux":
+        rows, columns = height // 2, width // 2
+        inputs["hidden_states"] = draw(rows * columns, FLUX["in_channels"])
+        inputs |= {"img_ids": image_ids(rows, columns), "txt_ids": torch.zeros(TEXT_LENGTH, 3)}
+    return inputs
+
+
+def residuals(kind: str, batch: int = 2, tokens: int = 64) -> dict:
+    """What ControlNets add between the blocks: fewer than there are blocks, so each after several."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda count, width: [torch.randn(batch, tokens, width, generator=generator) for _ in range(count)]
+    if kind == "flux":
+        return {"controlnet_block_samples": draw(1, 32), "controlnet_single_block_samples": draw(2, 32)}
+    return {"block_controlnet_hidden_states": draw(2, 16)}
+
+
+class Trajectory:
+    """A pipeline's denoiser and its schedule, of steps so small that the inputs of all calls are the same."""
+
+    def __init__(self, net, kind: str, steps: int = 8, calls: int = 1) -> None:
+        timesteps = 601 - 1e-9 * torch.arange(steps, dtype=torch.float64)
+        config = SimpleNamespace(num_train_timesteps=1000)
+        self.scheduler = SimpleNamespace(timesteps=timesteps, order=1, num_inference_steps=steps, config=config)
+        self.transformer, self.kind = net, kind
+
+    def run(self, *calls: dict) -> list[list[torch.Tensor]]:
+        """Each step makes these ``calls``: the outputs of a step, step by step."""
+        return [[self.call(i, inputs) for inputs in calls] for i in range(len(self.scheduler.timesteps))]
+
+    def call(self, step: int, inputs: dict) -> torch.Tensor:
+        timestep = self.scheduler.timesteps[step].expand(len(inputs["hidden_states"]))
+        return self.transformer(**inputs, timestep=timestep / 1000 if self.kind == "flux" else timestep).sample
