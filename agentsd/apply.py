@@ -88,8 +88,8 @@ def apply_patch(
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
     pipeline = model if hasattr(model, "scheduler") else None
     patch = Patch(net, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
-    for net, alone in _controlnets(model, chosen).items():
-        patch.nets.append((Weakly(net), Patch(net, host_of(net), alone, pipeline)))
+    for other, alone in _controlnets(model, chosen).items():
+        patch.nets.append((Weakly(other), Patch(other, host_of(other), alone, pipeline)))
     remove_patch(model)
     if patch_of(model) is not None:
         raise RuntimeError(

@@ -100,6 +100,11 @@ class Patch:
     @outside_the_graph
     def _before_call(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_tracing()
+        if self.reuse is not None and getattr(net, "_is_replica", False):  # its middle would be the original's
+            raise RuntimeError(
+                "agentsd: features cannot be reused in replicas of torch.nn.DataParallel. Give each device a pipeline "
+                "of its own, or use DistributedDataParallel or cache_interval=1."
+            )
         self._end()  # of a call that was interrupted
         inputs = self.host.inputs(net, args, kwargs)
         if inputs is None:
