@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentsd.apply import apply_patch, patched, remove_patch
-    from agentsd.reports import Report, report
+    from agentsd.reports import Report
     from agentsd.settings import PRESETS, Settings
+    from agentsd.survey import report
     from agentsd.trials import Tuning
     from agentsd.tuning import tune
 
@@ -25,7 +26,7 @@ _HOMES = {
     "apply_patch": "apply",
     "patched": "apply",
     "remove_patch": "apply",
-    "report": "reports",
+    "report": "survey",
     "tune": "tuning",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -14,13 +14,30 @@ from torch import nn
 
 from agentsd.hosts import host_of
 from agentsd.models import SUPPORTED, controlnets_of, denoiser_of
-from agentsd.patch import ATTRIBUTE, Patch, patch_of
+from agentsd.patch import Patch, patch_of
 from agentsd.settings import Settings
-from agentsd.wrapping import Weakly, forget_graphs
+from agentsd.wrapping import Weakly
 
 Model = TypeVar("Model")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _with_settings(function: Function) -> Function:
+    """Each setting by its name and default, and what it does, for `help` and notebooks."""
+    own = inspect.signature(function)
+    *first, _ = own.parameters.values()
+    rest = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Settings)
+        if field.name != "ratio"
+    ]
+    function.__signature__ = own.replace(parameters=[*first, *rest])  # type: ignore[attr-defined]
+    described = (Settings.__doc__ or "").partition("Attributes:\n")[2].partition("    Raises:")[0].rstrip()
+    function.__doc__ = (function.__doc__ or "").replace("        settings: as `Settings` documents them.", described)
+    return function
+
+
+@_with_settings
 def apply_patch(
     model: Model, ratio: float | None = None, *, preset: str | Path | None = None, **settings: Any
 ) -> Model:
@@ -36,7 +53,7 @@ def apply_patch(
         preset: the name of a set of settings (`agentsd.PRESETS`): ``"quality"``, ``"balanced"``, ``"adaptive"``,
             ``"fast"`` or ``"few_steps"``, or the `pathlib.Path` of a file that `agentsd.tune` has saved. Settings
             given beside it override it. None is the paper's schedule.
-        settings: as `agentsd.Settings` documents them.
+        settings: as `Settings` documents them.
 
     Returns:
         ``model``.
@@ -70,15 +87,14 @@ def apply_patch(
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
     pipeline = model if hasattr(model, "scheduler") else None
     patch = Patch(net, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
-    for net, alone in _controlnets(model, chosen).items():
-        patch.nets.append((Weakly(net), Patch(net, host_of(net), alone, pipeline)))
+    for other, alone in _controlnets(model, chosen).items():
+        patch.nets.append((Weakly(other), Patch(other, host_of(other), alone, pipeline)))
     remove_patch(model)
     if patch_of(model) is not None:
         raise RuntimeError(
             "agentsd: a denoiser cannot be patched anew in the middle of its own call: do it between two."
         )
     patch.attach(net)
-    forget_graphs()
     return model
 
 
@@ -103,14 +119,9 @@ def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:
 
 def remove_patch(model: Model) -> Model:
     """Undo `apply_patch`, in place: no hook and no attribute of it is left. Returns ``model``, patched or not."""
-    removed = False
     for net in (denoiser_of(model), *controlnets_of(model).values()):
-        patch = getattr(net, ATTRIBUTE, None)
-        if patch is not None:
+        if (patch := patch_of(net)) is not None:
             patch.detach(net)
-            removed = True
-    if removed:
-        forget_graphs()
     return model
 
 
@@ -132,26 +143,3 @@ def without_patch(model: Model) -> Iterator[Model]:
         remove_patch(model)
         if before is not None:
             before.attach(denoiser_of(model))
-            forget_graphs()
-
-
-def _documented(own: str) -> str:
-    """With the settings in the place where they are referred to."""
-    described = (Settings.__doc__ or "").split("Attributes:\n")[1].split("    Raises:")[0].rstrip()
-    return own.replace("        settings: as `agentsd.Settings` documents them.", described)
-
-
-def _signature() -> inspect.Signature:
-    """With every setting by its name and default, for `help` and editors."""
-    own = inspect.signature(apply_patch)
-    *first, _ = own.parameters.values()
-    rest = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Settings)
-        if field.name != "ratio"
-    ]
-    return own.replace(parameters=[*first, *rest])
-
-
-apply_patch.__doc__ = _documented(apply_patch.__doc__ or "")
-apply_patch.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from agentsd.reuse import Reuse
 from agentsd.schedule import Moment
 from agentsd.settings import Settings
 from agentsd.trajectory import Trajectory
-from agentsd.wrapping import Weakly, Wrap, is_running, outside_the_graph, refuse_tracing, wrap
+from agentsd.wrapping import Weakly, Wrap, forget_graphs, is_running, outside_the_graph, refuse_tracing, wrap
 
 ATTRIBUTE = "_agentsd_patch"
 
@@ -74,6 +74,7 @@ class Patch:
         if self.capture is not None:
             self._wraps.append((net, wrap(net, self.capture)))
         setattr(net, ATTRIBUTE, self)
+        forget_graphs()
         for other, patch in self.nets:
             if (alive := other()) is not None:
                 patch.attach(alive)
@@ -94,6 +95,7 @@ class Patch:
         net.__dict__.pop(ATTRIBUTE, None)
         self._now.call = None
         self._now.tracks.clear()
+        forget_graphs()
         for other, patch in self.nets:
             if (alive := other()) is not None and getattr(alive, ATTRIBUTE, None) is patch:
                 patch.detach(alive)
@@ -101,6 +103,11 @@ class Patch:
     @outside_the_graph
     def _before_call(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_tracing()
+        if self.reuse is not None and getattr(net, "_is_replica", False):  # its middle would be the original's
+            raise RuntimeError(
+                "agentsd: features cannot be reused in replicas of torch.nn.DataParallel. Give each device a pipeline "
+                "of its own, or use DistributedDataParallel or cache_interval=1."
+            )
         self._end()  # of a call that was interrupted
         inputs = self.host.inputs(net, args, kwargs)
         if inputs is None:

@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 import agentsd
 from agentsd.cli import COMMANDS, main, parser, pictures
 from agentsd.cli.pipelines import demo_model
-from agentsd.tuning import Trial
+from agentsd.trials import Trial
 
 PROMPTS = [f"{thing} on a blue background" for thing in ("red apple", "frog", "house", "hamburger", "rainbow", "cat")]
 SMALL = ["--steps", "3", "--device", "cpu"]

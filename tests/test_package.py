@@ -30,12 +30,18 @@ def test_the_wheel_holds_the_package_alone(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "agentsd").rglob("*.py")} | {"agentsd/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == modules
     assert wheel.name == f"agentsd-{agentsd.__version__}-py3-none-any.whl"
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "agentsd = agentsd.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_the_wheel_works_without_the_repository(wheel, tmp_path):
     python("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), str(wheel))
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentsd; print(agentsd.__file__)"
-    assert python("-I", "-c", code).startswith(str(tmp_path))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentsd; print(agentsd.__file__)\n"
+    code += "from agentsd.cli import main; sys.exit(main(['compare']))"
+    command = [sys.executable, "-I", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.stdout.startswith(str(tmp_path))
+    assert result.returncode == 2 and "the demo model comes with the repository" in result.stderr
 
 
 def test_five_dependencies(wheel):

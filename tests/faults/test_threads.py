@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import image, make_pipeline
+from conftest import image, make_pipeline, make_unet, unet_inputs
 from situations import MAIN, REUSING, SETTINGS, inputs_of, is_one_of, pair, scheduler, sibling, sweep
 
 import agentsd
@@ -228,3 +228,11 @@ def test_a_layer_that_another_thread_has_taken_over_does_what_was_planned(settin
     together = image(pipe, steps=2)
     other.give_back(attn)
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("name", REUSING)
+def test_replicas_reuse_no_features(name):
+    """`torch.nn.DataParallel` copies what a module has, so that a replica's middle would be the original's."""
+    replica = agentsd.apply_patch(make_unet(), **SETTINGS[name])._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DataParallel"):
+        replica(**unet_inputs())
