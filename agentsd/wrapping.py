@@ -41,12 +41,12 @@ class Wrap:
         self.around: Callable[..., Any] | None = around
         self._module = weakref.ref(module)
         self._inner: Callable[..., Any] | None = vars(module).get("forward")
+        self._class_s = type(module).forward  # now: in a graph, classes that diffusers allows there have no attributes
 
     @property
     def forward(self) -> Any:
         """What was there before."""
-        module: Any = self._module()
-        return self._inner if self._inner is not None else type(module).forward.__get__(module)
+        return self._inner if self._inner is not None else self._class_s.__get__(self._module())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         around = self.around
@@ -57,7 +57,7 @@ class Wrap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.around, self._inner = state["around"], state["inner"]
-        self._module = weakref.ref(state["module"])
+        self._module, self._class_s = weakref.ref(state["module"]), type(state["module"]).forward
 
     def undo(self, module: nn.Module) -> None:
         """Leave ``module`` as it was; where others have wrapped it since, they keep what was there before, too."""

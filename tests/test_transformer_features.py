@@ -1,0 +1,73 @@
+"""What a patch on a transformer has to bear: copies, compilation, and gradients of blocks that are run twice."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import sweep
+from tiny_transformers import Trajectory, make_transformer, transformer_inputs
+
+import agentsd
+
+WAYS = {
+    "reuse": {"ratio": 0, "cache_interval": 3, "cache_order": 1, "cache_cell": 2},
+    "agents": {"ratio": 0.6, "agent_steps": 1.0},
+    "sampled": {"sample_kv": True},
+    "merged": {"ratio": 0.6, "agent_steps": 0.0},
+}
+KINDS = ("sd35", "flux", "pixart")
+
+
+@pytest.fixture(params=sweep(("reuse", "agents"), ("sampled", "merged")))
+def way(request) -> dict:
+    return WAYS[request.param]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+def patched(net, kind, way) -> Trajectory:
+    return agentsd.apply_patch(Trajectory(net, kind), seed=0, **way)
+
+
+def test_a_copy_has_a_patch_of_its_own(kind, way):
+    inputs = transformer_inputs(kind)
+    pipe = patched(make_transformer(kind), kind, way)
+    expected = pipe.run(inputs)
+    twin = copy.deepcopy(pipe)
+    agentsd.remove_patch(pipe)
+    for found, known in zip(twin.run(inputs), expected, strict=True):
+        assert torch.equal(found[0], known[0])
+    agentsd.remove_patch(pickle.loads(pickle.dumps(twin.transformer)))
+
+
+def test_no_graph_breaks(kind, way):
+    """With a back end that compiles nothing, which is faster."""
+    net, inputs = make_transformer(kind), transformer_inputs(kind)
+    expected = patched(net, kind, way).run(inputs)
+    pipe, graphs = patched(net, kind, way), []
+
+    def counted(module, _):
+        graphs.append(module)
+        return module.forward
+
+    pipe.transformer = torch.compile(net, fullgraph=True, backend=counted)
+    for found, known in zip(pipe.run(inputs), expected, strict=True):
+        torch.testing.assert_close(found, known, atol=1e-5, rtol=1e-4)
+    assert len(graphs) == (2 if "cache_interval" in way else 1)
+
+
+def test_a_block_that_is_run_twice_has_the_same_gradients(kind, way):
+    net, inputs = make_transformer(kind).train(), transformer_inputs(kind)
+    pipe, gradients = patched(net, kind, way), []
+    with torch.enable_grad():
+        for checkpoints in (False, True):
+            if checkpoints:
+                net.enable_gradient_checkpointing()
+            net.zero_grad()
+            pipe.call(0, inputs).square().mean().backward()
+            gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
