@@ -67,18 +67,17 @@ def apply_patch(
     chosen = Settings.of(preset, given)
     net = denoiser_of(model)
     host = host_of(net)
-    sites = host.sites(net)
-    found = sorted({site.downsample for site in sites if not site.skip})
-    joint = any("joint" in site.skip for site in sites)
-    if not found and not joint:
+    sites = [site for site in host.sites(net) if not site.skip]
+    found = sorted({site.downsample for site in sites})
+    if not found:
         raise ValueError(f"{type(model).__name__} has no self-attention to patch: expected {SUPPORTED}.")
-    if joint and (chosen.ratio or chosen.sample_kv):
-        asked = "sample_kv=True" if chosen.sample_kv else f"ratio={chosen.ratio:g}"
-        raise ValueError(
-            f"{asked} is not allowed: agentsd leaves the joint attention of {type(net).__name__} as it is, and reuses "
-            'features alone. Give preset="balanced" or "quality", or ratio=0 and a cache_interval.'
-        )
-    if found and chosen.max_downsample is not None and chosen.max_downsample < found[0]:
+    for name in ("merge_crossattn", "merge_mlp"):
+        if getattr(chosen, name) and any(site.joint for site in sites):
+            raise ValueError(
+                f"{name}=True is not allowed: blocks of {type(net).__name__} have joint attention, around which alone "
+                f"tokens merge; leave out {name}."
+            )
+    if chosen.max_downsample is not None and chosen.max_downsample < found[0]:
         raise ValueError(
             f"max_downsample={chosen.max_downsample} is not allowed: {type(net).__name__} has self-attention at "
             f"downsampling {', '.join(map(str, found))} only; give one of these, or None."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Site
+from agentsd.joint import JointAttnProcessor, Part
+from agentsd.joint import possible as possible_joint
 from agentsd.matching import Edges, bipartite_soft_matching
 from agentsd.merge import merge, unmerge
 from agentsd.planner import BlockPlan, Call, Now, Running
@@ -39,6 +42,8 @@ class PatchedBlock:
         self._said = said
         self._recorded: RecordedPlans[BlockPlan] = RecordedPlans()
         self._processor = AgentAttnProcessor(now, settings.k_scale2, settings.k_shortcut)
+
+    possible = staticmethod(possible)
 
     def attach(self, block: Any) -> list[RemovableHandle]:
         """Register the hooks; their handles undo it."""
@@ -83,12 +88,15 @@ class PatchedBlock:
             if call is not None:
                 call.running = None
             return
-        if x.shape[1] != plan.counts.tokens:
+        if not self._fits(x, plan):
             self._leave_alone("tokens", f"it has {x.shape[1]} tokens, and latents of this size {plan.counts.tokens}")
             plan = None
         if call is None:  # in a backward pass
             call = self._now.call = Call()
         call.running = Running(plan, x) if plan is not None else None
+
+    def _fits(self, x: Tensor, plan: BlockPlan) -> bool:
+        return x.shape[1] == plan.counts.tokens
 
     def _leave(self, *_: Any) -> None:
         call = self._now.call
@@ -171,3 +179,62 @@ class PatchedBlock:
         if kind not in self._said:
             self._said.add(kind)
             warnings.warn(f"agentsd: a layer of {self.site.name} runs unpatched: {why}.", stacklevel=2)
+
+
+class JointBlock(PatchedBlock):
+    """The hooks of a block with joint attention, in which an image's tokens may be followed by those of others."""
+
+    possible = staticmethod(possible_joint)
+
+    def __init__(self, index: int, site: Site, settings: Settings, now: Now, said: set[str]) -> None:
+        super().__init__(index, site, settings, now, said)
+        constants = (settings.k_scale2, settings.k_shortcut)
+        self._processors = {name: JointAttnProcessor(now, *constants) for name in site.layers}
+
+    def attach(self, block: Any) -> list[RemovableHandle]:
+        handles = [
+            block.register_forward_pre_hook(self._enter, with_kwargs=True),
+            block.register_forward_hook(self._leave),
+        ]
+        for name, processor in self._processors.items():
+            before = partial(self._before_joint_attention, processor)
+            handles.append(block.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
+        return handles
+
+    def reset(self, attn: Any) -> None:
+        for processor in self._processors.values():
+            processor.give_back(attn, calls=2**31)
+
+    def _fits(self, x: Tensor, plan: BlockPlan) -> bool:
+        """Kontext's reference tokens come after the image's."""
+        return x.shape[1] >= plan.counts.tokens
+
+    def _edges(self, running: Running) -> Edges:
+        if running.edges is None:
+            x = running.x[:, : running.plan.counts.tokens]
+            running.edges = bipartite_soft_matching(x, running.plan.partition)
+        return super()._edges(running)
+
+    def _before_joint_attention(
+        self, processor: JointAttnProcessor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        running = self._running()
+        if running is None or self._has_mask({**kwargs, "encoder_hidden_states": None}):
+            return None
+        x, counts = args[0] if args else kwargs["hidden_states"], running.plan.counts
+        before = x.shape[1] - running.x.shape[1]  # single blocks of Flux have the text among their tokens
+        if x.shape[0] != running.x.shape[0] or before < 0:
+            return self._leave_alone("tokens", f"its attention is over {x.shape[1]} tokens of {running.x.shape[1]}")
+        allowed, why = self.possible(attn, counts)
+        if not allowed.changed:
+            return self._leave_alone("processor", why)
+        self.aside.pop("processor", None)  # it has another since
+        matching = agents = None
+        if not counts.keys:
+            if running.matching is None:
+                running.matching = self._edges(running).cut(counts.merged)
+            matching = running.matching
+            agents = self._edges(running).cut(counts.tokens - counts.agents) if counts.agents else None
+        running.joint = Part(before, running.plan.partition, matching, agents)
+        processor.take_over(attn)
+        return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from agentsd.block import PatchedBlock
+from agentsd.block import JointBlock, PatchedBlock
 from agentsd.capture import Capture
 from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Host, Inputs, Middle, Site
@@ -53,7 +53,10 @@ class Patch:
         self.middle = host.middle(net, settings.cache_branch) if settings.reuses else Middle((), "")
         self.outermost = [not self.middle.holds(site.name) for site in selected]
         said: set[str] = set()
-        self.blocks = [PatchedBlock(index, site, settings, self._now, said) for index, site in enumerate(selected)]
+        self.blocks = [
+            (JointBlock if site.joint else PatchedBlock)(index, site, settings, self._now, said)
+            for index, site in enumerate(selected)
+        ]
         self.reuse = Reuse(settings, self.middle, self._now) if settings.reuses else None
         self.capture = Capture(self._now) if settings.cuda_graphs else None
 
@@ -65,7 +68,7 @@ class Patch:
         self._patched = []
         for block in self.blocks:
             module = net.get_submodule(block.site.name)
-            self._patched.append((module.attn1, block))
+            self._patched += [(module.get_submodule(layer), block) for layer in block.site.layers]
             self._handles += block.attach(module)
         self._wraps: list[tuple[nn.Module, Wrap]] = self.reuse.attach(net) if self.reuse is not None else []
         if self.capture is not None:
@@ -144,7 +147,8 @@ class Patch:
             return
         if self.reuse is not None:
             self.reuse.after_call(call)
-        if call.running is not None and call.running.agents is not None:  # an error came in between
+        running = call.running  # of a block that an error has cut off
+        if running is not None and (running.agents is not None or running.joint is not None):
             for attn, block in self._patched:
                 block.reset(attn)
 

@@ -134,6 +134,7 @@ class Running:
         x: (B, N, C), the input of the block, by which its tokens are matched.
         merged: whether the layer that runs has merged tokens, which are to be unmerged.
         agents: (B, A, C), for the self-attention that `agentsd.processor.AgentAttnProcessor` has taken over.
+        joint: `agentsd.joint.Part`, for the joint attention that `agentsd.joint.JointAttnProcessor` has taken over.
     """
 
     plan: BlockPlan
@@ -142,6 +143,7 @@ class Running:
     matching: Any = None
     merged: bool = False
     agents: Tensor | None = None
+    joint: Any = None
 
 
 @dataclass

@@ -13,7 +13,6 @@ from agentsd.hosts import Site, host_of
 from agentsd.models import controlnets_of, denoiser_of
 from agentsd.patch import Patch, patch_of
 from agentsd.planner import plan
-from agentsd.processor import possible
 from agentsd.reports import USUAL_STEPS, LayerReport, Phases, Report
 from agentsd.schedule import Counts, Moment
 from agentsd.settings import Settings
@@ -68,10 +67,13 @@ def _layers(net: Any, patch: Patch, measure: bool) -> list[LayerReport]:
         unchanged = Counts(grid[0] * grid[1])
         names = [name for name in plans if name != "cached" or patch.outermost[block.index]]
         planned = {name: plans[name].counts.get(block.index, unchanged) for name in names}
-        attn = modules.get(f"{site.name}.attn1")
+        attn = modules.get(f"{site.name}.{site.layers[0]}")
         phases, notes = _done(planned, unchanged, block, attn)
         known = [phase for phase in (*settings.phases, settings.cached) if phase is not None]
-        seconds = attention_seconds(block, attn, grid, known, phases) if measure and hasattr(attn, "processor") else {}
+        if measure and site.joint:
+            notes.append("not timed: its attention is joint")
+        timed = measure and hasattr(attn, "processor") and not site.joint
+        seconds = attention_seconds(block, attn, grid, known, phases) if timed else {}
         layers.append(LayerReport(site.name, grid, phases, "; ".join(dict.fromkeys(notes)), seconds))
     return layers
 
@@ -86,7 +88,7 @@ def _done(planned: Phases, unchanged: Counts, block: PatchedBlock, attn: Any) ->
     phases, notes = dict(planned), list[str]()
     for name, counts in planned.items():
         if counts.keys or settings.merge_attn:
-            phases[name], why = possible(attn, counts)
+            phases[name], why = block.possible(attn, counts)
             why = f"left alone: {why}" if phases[name] == unchanged and why else why
             notes.append(f"{why} in cached calls" if why and name == "cached" else why)
     agents = planned.get("agent", unchanged)

@@ -74,7 +74,8 @@ def tune(
     started = time.perf_counter()
     with without_patch(pipe), _quiet(pipe), tqdm(total=len(CANDIDATES) + 2, disable=not progress) as bar:
         draw = _drawer(pipe, prompts, seed, inputs)
-        draw(1, num_inference_steps=2)  # warms up
+        few = steps if "strength" in inputs else min(steps, 2)  # image to image makes a share of the steps
+        draw(1, num_inference_steps=few)  # warms up
         bar.set_description("unpatched")
         _, first = draw(1)
         count = max(1, min(len(prompts), int(seconds / (4 * first[0]))))
@@ -88,7 +89,7 @@ def tune(
                 images, taken = draw(count, **changes)
             else:
                 with patched(pipe, **settings):
-                    draw(1, num_inference_steps=2)
+                    draw(1, num_inference_steps=few)
                     images, taken = draw(count)
             decibels = [_psnr(a, b) for a, b in zip(images, true, strict=True)]
             speedup = trials[0].seconds / statistics.median(taken)
@@ -109,7 +110,7 @@ def tune(
             trials.append(graphs)
             if graphs.speedup > SAME * (chosen.speedup if chosen is not None else 1):
                 chosen, verdict = graphs, f"{graphs.name}: {graphs.speedup:.2f}x, as CUDA graphs change no pixel"
-        advice = _advice(pipe, draw, count, trials[0].seconds)
+        advice = _advice(pipe, draw, count, few, trials[0].seconds)
     found = chosen.settings if chosen is not None else None
     if found is not None and apply:
         apply_patch(pipe, **found)
@@ -133,7 +134,7 @@ def _drawer(pipe: Any, prompts: Sequence[str], seed: int, inputs: Mapping[str, A
     return draw
 
 
-def _advice(pipe: Any, draw: Draw, count: int, unpatched: float) -> list[str]:
+def _advice(pipe: Any, draw: Draw, count: int, few: int, unpatched: float) -> list[str]:
     """What helps without a patch, or beside one."""
     net: Any = denoiser_of(pipe)
     said = []
@@ -141,7 +142,7 @@ def _advice(pipe: Any, draw: Draw, count: int, unpatched: float) -> list[str]:
     if any(weight.dim() == 4 for _, weight in layouts):
         try:
             net.to(memory_format=torch.channels_last)
-            draw(1, num_inference_steps=2)
+            draw(1, num_inference_steps=few)
             ratio = unpatched / statistics.median(draw(count)[1])
         finally:
             for parameter, weight in layouts:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 import timm
 import torch
+from card import card, write_json
 from torch import Tensor, nn
 
 import agentsd.vision  # registers the models
@@ -43,15 +43,18 @@ def build(pair: str, twin: bool, size: int) -> nn.Module:
     return timm.create_model(name, **options).eval()
 
 
-def seconds(call: Callable[[], Any], device: str, least: float) -> float:
-    """Median of as many calls as take `least` seconds, two at the least, after one that is not counted."""
-    times: list[float] = []
-    while len(times) < 3 or sum(times[1:]) < least:
-        start = time.perf_counter()
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def seconds(call: Callable[[], Any], args: argparse.Namespace) -> float:
+    """Median of as many calls as take `--least` seconds, two at the least, after one that is not counted."""
+    clock, times = CLOCKS[args.clock], list[float]()
+    while len(times) < 3 or sum(times[1:]) < args.least:
+        start = clock()
         call()
-        if device != "cpu":
+        if args.device != "cpu":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times[1:])
 
 
@@ -77,7 +80,7 @@ def throughput(args: argparse.Namespace) -> list[dict[str, Any]]:
                     model = build(pair, which == "twin", size).to(images)
                     try:
                         row.setdefault(which, []).append(
-                            batch / seconds(lambda: model(images), args.device, args.least)  # noqa: B023
+                            batch / seconds(lambda: model(images), args)  # noqa: B023
                         )
                         row[f"{which} MB"] = peak_mb(lambda: model(images), args.device)  # noqa: B023
                     except torch.OutOfMemoryError:
@@ -95,7 +98,7 @@ def one_length(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     side = round(args.tokens**0.5)
     module: nn.Module
-    if args.attention == "agent":
+    if args.attention[0] == "agent":
         module = agentsd.vision.AgentAttention(192, 3, (side, side))
     else:
         module = Attention(192, 3, qkv_bias=True)
@@ -105,11 +108,11 @@ def one_length(args: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.inference_mode():
         run: Callable[[], Tensor] = lambda: module(x)
         peak = peak_mb(run, args.device)
-        taken = seconds(run, args.device, args.least)
+        taken = seconds(run, args)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return [
         {
-            "attention": args.attention,
+            "attention": args.attention[0],
             "tokens": side * side,
             "seconds": round(taken, 5),
             "MB": round(grown if peak is None else peak, 1),
@@ -119,10 +122,10 @@ def one_length(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def linear(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for attention in ("agent", "softmax"):
+    for attention in args.attention:
         for tokens in args.lengths:
             command = [sys.executable, __file__, "one", "--attention", attention, "--tokens", str(tokens)]
-            command += ["--device", args.device, "--least", str(args.least)]
+            command += ["--device", args.device, "--least", str(args.least), "--clock", args.clock]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)
@@ -156,8 +159,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="images at 224 pixels; fewer where they are larger")
     parser.add_argument("--rounds", type=int, default=2, help="times that both models are timed, in turn")
     parser.add_argument("--least", type=float, default=1.0, help="seconds that each is timed for, at the least")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="seconds of the wall's clock, or the processor's: those of all threads together, whoever else is at work",
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
-    parser.add_argument("--attention", choices=("agent", "softmax"), default="agent")
+    parser.add_argument("--attention", nargs="+", choices=("agent", "softmax"), default=["agent", "softmax"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--model", default="agent_pvt_tiny")
     parser.add_argument("--checkpoint", type=Path)
@@ -170,14 +179,8 @@ def main() -> None:
     if args.what in ("one", "imagenet"):
         print(json.dumps(rows[0]))
     if args.output:
-        device = torch.cuda.get_device_name() if args.device != "cpu" else platform.processor()
-        about = {
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        }
-        args.output.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        about = {**card(args.device), "clock": args.clock, "timm": timm.__version__}
+        write_json(args.output, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,11 +16,15 @@ class Site:
         name: of the block in its denoiser.
         level: how many downsamplings lie between the latents and the block; its resolution is 1 / 2 ** level.
         skip: why the block cannot be patched; empty where it can.
+        layers: its self-attention, by name in the block.
+        joint: whether its self-attention is over the text, too.
     """
 
     name: str
     level: int
     skip: str = ""
+    layers: tuple[str, ...] = ("attn1",)
+    joint: bool = False
 
     @property
     def downsample(self) -> int:

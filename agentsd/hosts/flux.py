@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from agentsd.hosts.base import Inputs
@@ -28,9 +28,6 @@ class Flux(Transformer):
         rows, columns = _grid(named["img_ids"], x.shape[1])
         text = named.get("encoder_hidden_states")
         return Inputs(x, named["timestep"], text, packed=(2 * rows, 2 * columns), divisor=1000.0)
-
-    def skip(self, block: nn.Module) -> str:
-        return "joint attention is left as it is"
 
     def patch_size(self, net: Any) -> int:
         """Latents are packed by the pipeline, and ``patch_size`` is 1."""

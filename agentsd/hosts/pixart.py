@@ -6,8 +6,8 @@ from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import PatchEmbed
-from torch import nn
 
+from agentsd.hosts.base import Site
 from agentsd.hosts.transformer import Transformer
 
 
@@ -22,5 +22,5 @@ class PixArt(Transformer):
         is_video = hasattr(net, "temporal_transformer_blocks")
         return super().knows(net) and isinstance(getattr(net, "pos_embed", None), PatchEmbed) and not is_video
 
-    def skip(self, block: nn.Module) -> str:
-        return "no self-attention" if getattr(block, "only_cross_attention", False) else ""
+    def site(self, name: str, block: Any, level: int) -> Site:
+        return Site(name, level, "no self-attention" if block.only_cross_attention else "")

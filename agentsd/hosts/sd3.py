@@ -8,9 +8,8 @@ from typing import Any
 
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock
-from torch import nn
 
-from agentsd.hosts.base import Inputs
+from agentsd.hosts.base import Inputs, Site
 from agentsd.hosts.transformer import Transformer
 
 
@@ -26,5 +25,7 @@ class StableDiffusion3(Transformer):
         skipped = tuple(named.get("skip_layers") or ())
         return replace(inputs, skipped=skipped) if inputs is not None else None
 
-    def skip(self, block: nn.Module) -> str:
-        return "joint attention is left as it is"
+    def site(self, name: str, block: Any, level: int) -> Site:
+        """Blocks of 3.5 medium have a second attention, over the image alone."""
+        second = ("attn2",) if getattr(block, "attn2", None) is not None else ()
+        return Site(name, level, layers=("attn", *second), joint=True)

@@ -42,11 +42,11 @@ class Transformer:
 
     def sites(self, net: nn.Module) -> list[Site]:
         level = self.patch_size(net).bit_length() - 1
-        return [Site(name, level, self.skip(block)) for name, block in _blocks(net)]
+        return [self.site(name, block, level) for name, block in _blocks(net)]
 
-    def skip(self, block: nn.Module) -> str:
-        """Why a block cannot be patched."""
-        return ""
+    def site(self, name: str, block: Any, level: int) -> Site:
+        """A block of joint attention, unless its host knows better."""
+        return Site(name, level, layers=("attn",), joint=True)
 
     def patch_size(self, net: Any) -> int:
         """Rows and columns of latents in a token: a power of two."""

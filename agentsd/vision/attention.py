@@ -135,7 +135,11 @@ class AgentPooling(nn.Module):
             token_bias=token_bias,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
-        return output.transpose(1, 2).flatten(2)
+        heads = output.transpose(1, 2)
+        if torch.compiler.is_compiling():
+            # to flatten is a view in the layout of the kernel at hand; an export to ONNX may exchange the kernel
+            heads = heads.clone(memory_format=torch.contiguous_format)
+        return heads.flatten(2)
 
     def _stretch_loaded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """A checkpoint of another grid is stretched along the grid's axis, as the paper's fine-tuning does."""

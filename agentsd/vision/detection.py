@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -23,17 +24,22 @@ class FeaturePyramid(nn.Module):
         name: of a timm model that takes `features_only` and images of any size.
         out_indices: the stages whose maps go into the network.
         out_channels: channels of each of its maps.
-        extra: what makes its coarser levels.
+        extra: what makes its coarser levels, of the channels of the last map.
         options: those of ``timm.create_model``.
     """
 
     def __init__(
-        self, name: str, out_indices: tuple[int, ...], out_channels: int, extra: ExtraFPNBlock, **options: Any
+        self,
+        name: str,
+        out_indices: tuple[int, ...],
+        out_channels: int,
+        extra: Callable[[int], ExtraFPNBlock],
+        **options: Any,
     ):
         super().__init__()
         self.body = timm.create_model(name, features_only=True, out_indices=out_indices, **options)
         channels = self.body.feature_info.channels()
-        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra)
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, extra(channels[-1]))
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -51,7 +57,7 @@ def mask_rcnn(name: str, num_classes: int | None, backbone: dict[str, Any] | Non
         backbone: options of ``timm.create_model``, such as ``{"checkpoint_path": "agent_pvt_t.pth"}``.
         options: those of torchvision's `MaskRCNN`, such as ``min_size``.
     """
-    pyramid = FeaturePyramid(name, (0, 1, 2, 3), 256, LastLevelMaxPool(), **(backbone or {}))
+    pyramid = FeaturePyramid(name, (0, 1, 2, 3), 256, lambda _: LastLevelMaxPool(), **(backbone or {}))
     return MaskRCNN(pyramid, num_classes, **options)
 
 
@@ -60,6 +66,5 @@ def retinanet(name: str, num_classes: int, backbone: dict[str, Any] | None = Non
 
     Args: as `mask_rcnn`; the options are those of torchvision's `RetinaNet`.
     """
-    channels = timm.create_model(name, features_only=True, **(backbone or {})).feature_info.channels()[-1]
-    extra = LastLevelP6P7(channels, 256)
-    return RetinaNet(FeaturePyramid(name, (1, 2, 3), 256, extra, **(backbone or {})), num_classes, **options)
+    pyramid = FeaturePyramid(name, (1, 2, 3), 256, lambda channels: LastLevelP6P7(channels, 256), **(backbone or {}))
+    return RetinaNet(pyramid, num_classes, **options)

@@ -7,4 +7,4 @@ from zoo_transformers import TRANSFORMERS
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_pipeline(name):
-    check(*TRANSFORMERS[name](), {"ratio": 0, "cache_interval": 2})
+    check(*TRANSFORMERS[name](), {}, {"sample_kv": True}, {"ratio": 0, "cache_interval": 2, "cache_cell": 2})

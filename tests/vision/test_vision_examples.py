@@ -89,6 +89,8 @@ def test_training_goes_on_and_its_model_is_used(
         assert all(name in CLASSES for name in printed.split("wrote")[0].split()[1::2])
         with pytest.raises(AssertionError, match="not for 'detect'"):
             run(EXAMPLES / "detect.py", scene, *weights)
+        table = run(EXAMPLES / "curves.py", output, "--output", tmp_path / "curves.png")
+        assert "| 3 of 2 |" in table and (tmp_path / "curves.png").exists()
 
 
 def test_benchmark_on_a_folder_of_images(tmp_path: Path, run: Callable[..., str]) -> None:
