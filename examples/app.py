@@ -21,6 +21,7 @@ import agentsd
 from agentsd.cli.pictures import psnr
 
 PAPER = "paper's schedule"
+OTHERS = [name for name in agentsd.PRESETS if name != "balanced"]
 HEADINGS = ["", "seconds", "speed-up", "PSNR, dB"]
 
 
@@ -89,7 +90,7 @@ def page(pipe: Any, defaults: Any) -> gr.Blocks:
             with gr.Column(scale=2):
                 inputs = [
                     gr.Textbox(defaults.prompt, label="Prompt"),
-                    gr.Radio([PAPER, *agentsd.PRESETS], value=PAPER, label="Schedule"),
+                    gr.Radio(["balanced", *OTHERS, PAPER], value="balanced", label="Schedule"),
                     gr.Slider(0, 0.9, 0.4, step=0.05, label="Ratio: share of the tokens to merge"),
                     gr.Slider(0, 1, 0.4, step=0.05, label="Agent steps: share of the steps under agent attention"),
                     gr.Slider(1, 100, defaults.steps, step=1, label="Denoising steps"),

@@ -65,12 +65,13 @@ def contents(out) -> dict[str, bytes]:
 
 
 def wait_for_an_image(out, process) -> None:
-    for _ in range(1200):
+    for _ in range(30_000):  # five minutes: beside other tests it takes a while
         if list(out.glob("*.png")):
             return
         assert process.poll() is None, "it ended before it was killed"
-        time.sleep(0.05)
-    pytest.fail("no image in a minute")
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail("no image in five minutes")
 
 
 def test_each_image_says_how_it_was_made(undisturbed, prompts, tmp_path):
@@ -198,6 +199,7 @@ def test_info(capsys):
 
 
 def test_bench_hands_on(capfd):
+    pytest.importorskip("rich", reason="the extra `bench` is not installed")
     assert run("bench", "latency", "--help") == 0
     assert "--no-profile" in capfd.readouterr().out
 

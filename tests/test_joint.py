@@ -194,3 +194,10 @@ def test_an_error_in_a_layer_leaves_its_processor(monkeypatch):
         handle.remove()
         assert net.attn_processors == before
         assert pipe.call(0, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_report_says_that_joint_attention_is_not_timed(kind):
+    report = agentsd.report(agentsd.apply_patch(make_transformer(kind), ratio=0.4), measure=True)
+    assert report.patched and not any(layer.seconds for layer in report.layers)
+    assert "not timed: its attention is joint" in str(report)

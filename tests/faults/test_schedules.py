@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import image, make_pipeline, make_scheduler, make_unet, unet_inputs
 from diffusers.models.attention_processor import AttnProcessor2_0
-from situations import REUSING, SCHEDULERS, full_calls, inputs_of, scheduler, sweep, warned
+from situations import REUSING, full_calls, inputs_of, scheduler, sweep, warned
 from zoo import build, runner
 
 import agentsd
@@ -224,8 +224,7 @@ def test_a_share_of_a_schedule_that_was_never_set_stays_that_of_a_usual_trajecto
 @pytest.mark.parametrize(("kind", "steps"), [("DDIM", 1000), ("Heun", 501), ("PNDM", 999)])
 def test_a_share_of_a_thousand_calls(kind, steps):
     """With 1,000 training timesteps, as published models have."""
-    assert set(SCHEDULERS) > {kind}
-    pipe = agentsd.apply_patch(make_pipeline(scheduler=scheduler(kind)), preset="balanced")
+    pipe = agentsd.apply_patch(make_pipeline(scheduler=with_all_timesteps(kind, 1000)), preset="balanced")
     calls = full_calls(pipe.unet)
     image(pipe, steps=steps)
     assert 8 <= sum(calls) <= 10
