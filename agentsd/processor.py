@@ -51,6 +51,10 @@ def keeper(layer: Any) -> str:
     return ", ".join(hooks or [getattr(forward, "__name__", type(forward).__name__)])
 
 
+def _has_extras(attn: Any) -> bool:
+    return bool(attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None)
+
+
 def possible(attn: Any, counts: Counts) -> tuple[Counts, str]:
     """What self-attention can do of what is planned for its tokens, and why no more."""
     processor = type(processor_of(attn))
@@ -62,8 +66,7 @@ def possible(attn: Any, counts: Counts) -> tuple[Counts, str]:
         return Counts(counts.tokens), f"{processor.__name__} cannot sample keys and values"
     if counts.merged and (name := keeper(attn)):
         return Counts(counts.tokens), f"{name} may keep what it gives"
-    extras = attn.residual_connection or attn.group_norm is not None or attn.spatial_norm is not None
-    if counts.agents and (extras or not plain):
+    if counts.agents and (not plain or _has_extras(attn)):
         return replace(counts, agents=0), f"no agents: {processor.__name__} is kept and gets merged tokens"
     return counts, ""
 

@@ -199,6 +199,7 @@ def test_info(capsys):
 
 
 def test_bench_hands_on(capfd):
+    pytest.importorskip("rich", reason="the extra `bench` is not installed")
     assert run("bench", "latency", "--help") == 0
     assert "--no-profile" in capfd.readouterr().out
 

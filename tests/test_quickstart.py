@@ -48,6 +48,16 @@ def test_wrong_arguments_are_said_in_one_line(run_script, arguments, message):
     assert "Traceback" not in result.stderr
 
 
+def test_quickstart_takes_the_demo_model_with_a_transformer(run_script, tmp_path):
+    model, picture = EXAMPLES / "demo_model_sd3", tmp_path / "out.png"
+    arguments = ("--model", model, "--steps", 3, "--prompt", "cat on a pink background", "--out", picture)
+    result = run_script(EXAMPLES / "quickstart.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    for words in ("1 images of 128x128, 3 steps", "1 of 6 transformer blocks patched", "of the denoiser"):
+        assert words in result.stdout
+    assert picture.exists()
+
+
 @pytest.fixture(scope="module")
 def demo() -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(DEMO_MODEL).to(torch.float32)

@@ -49,7 +49,10 @@ def load(args: argparse.Namespace, device: str | torch.device | None = None) -> 
     try:
         kind = torch.device(device).type
         dtype = getattr(torch, args.dtype or ("float32" if kind == "cpu" else "float16"))
-        pipe = DiffusionPipeline.from_pretrained(name, **precision(dtype))
+        said: dict[str, Any] = DiffusionPipeline.load_config(name)
+        # Stable Diffusion 3 without its third text encoder is loaded only if that is said anew
+        absent = {part: None for part, kind in said.items() if kind == [None, None]}
+        pipe = DiffusionPipeline.from_pretrained(name, **absent, **precision(dtype))
         if not args.offload:
             return pipe.to(device)
         pipe.enable_model_cpu_offload(device=device)

@@ -216,7 +216,7 @@ def test_modules_replaced_after_the_patch(change, name, called):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", sweep(SETTINGS, ["balanced"]))
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents"]))
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_unet_that_was_changed_under_its_patch_can_be_patched_anew(change, name):
     """The new patch is the one that the changed UNet would get."""
