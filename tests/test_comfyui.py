@@ -150,9 +150,7 @@ class Patcher:
 
     def clone(self):
         other = Patcher(self.model)
-        options = self.model_options["transformer_options"]
-        copied = {k: {n: copy.copy(v) for n, v in part.items()} for k, part in options.items()}
-        other.model_options = {**self.model_options, "transformer_options": copied}
+        other.model_options = copy.deepcopy(self.model_options)
         return other
 
     def add(self, name, patch):
@@ -234,6 +232,7 @@ PLANNED = full_calls(STEPS, agentsd.Settings.of("balanced", {}))
 def test_full_calls_are_those_of_diffusers_and_cached_calls_skip_the_middle(node, model):
     (patched,) = node.patch(model, "balanced", 0.4)
     assert full_ones(model, calls_of(patched)) == PLANNED and not all(PLANNED)
+    assert full_ones(model, calls_of(patched.clone())) == PLANNED  # as samplers clone it
     assert not any("forward" in vars(layer) for layer in model.model.diffusion_model.modules())
 
 
@@ -314,6 +313,12 @@ def test_attention_is_that_of_the_package(node, model):
             output = tokens
         assert torch.equal(wrapper.attention_output(output, options), unmerge(output, matching))
     wrapper.call = None
+
+
+def test_without_a_schedule_it_says_that_nothing_changes(node, model):
+    (patched,) = node.patch(model, "balanced", 0.4)
+    with pytest.warns(UserWarning, match="no sample_sigmas"):
+        assert torch.equal(patched.call(noise(), SIGMAS[0], None), model.call(noise(), SIGMAS[0], None))
 
 
 def test_a_model_without_a_unet_is_refused(node, model):

@@ -8,8 +8,9 @@ call, and in a cached call gives them to the last block, while the layers in bet
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +42,7 @@ class Call:
         step: of the trajectory, by which tokens are drawn.
         lane: where its deep features come from, or go to; None where they are of no use.
         cached: whether it takes them.
+        last: the output block that does.
         tokens: of the highest resolution that has self-attention, which comes first.
         index: of the next block there.
         matching: of the block that runs, until its output is unmerged.
@@ -51,6 +53,7 @@ class Call:
     step: int
     lane: Lane | None = None
     cached: bool = False
+    last: int = 0
     tokens: int = 0
     index: int = 0
     matching: Matching | None = None
@@ -73,37 +76,43 @@ class AgentSD:
 
     Args:
         settings: as `agentsd.apply_patch` takes them.
-        unet: ComfyUI's, whose ``input_blocks``, ``middle_block`` and ``output_blocks`` a cached call leaves out.
         before: the wrapper that was there before, which is called inside.
     """
 
     settings: Settings
-    unet: nn.Module
     before: Any = None
     call: Call | None = None
     trajectories: dict[Any, Trajectory] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AgentSD:
+        """A clone of the MODEL has a trajectory of its own; ComfyUI copies all that it finds in the options."""
+        return AgentSD(self.settings, self.before)
+
     def __call__(self, apply_model: Any, args: dict[str, Any]) -> Tensor:
         """The wrapper: ``args`` has ``input`` (B, 4, H, W), ``timestep`` (B,) sigmas, ``c`` and ``cond_or_uncond``."""
-        self.call = self._begin(args)
+        unet = getattr(getattr(apply_model, "__self__", None), "diffusion_model", None)
+        self.call = self._begin(unet, args)
         try:
-            with self._skipping() if self.call is not None and self.call.cached else _nothing():
+            with skipping(unet) if self.call is not None and self.call.cached else nullcontext():
                 if self.before is not None:
                     return self.before(apply_model, args)
                 return apply_model(args["input"], args["timestep"], **args["c"])
         finally:
             self.call = None
 
-    def _begin(self, args: dict[str, Any]) -> Call | None:
+    def _begin(self, unet: Any, args: dict[str, Any]) -> Call | None:
         options = args["c"].get("transformer_options", {})
         if options.get("sample_sigmas") is None:
-            return None  # not a sampler's call
+            warnings.warn(
+                "AgentSD patch changes nothing: this call has no sample_sigmas; update ComfyUI.", stacklevel=2
+            )
+            return None
         sigmas = options["sample_sigmas"].tolist()
         sigma, steps = float(args["timestep"][0]), len(sigmas) - 1
         step = min(range(steps), key=lambda i: abs(sigmas[i] - sigma))
         phase = self.settings.phase_at(Moment(step, steps))
         between = not math.isclose(sigmas[step], sigma, rel_tol=1e-4)  # the second call of Heun and its kind
-        if not self.settings.reuses or between or args["c"].get("control") is not None:
+        if not self.settings.reuses or unet is None or between or args["c"].get("control") is not None:
             return Call(phase, step)
         key = (*(options.get("uuids") or args.get("cond_or_uncond", ())), tuple(args["input"].shape))
         at = self.trajectories.get(key)
@@ -116,28 +125,14 @@ class AgentSD:
         at.lane.begin()
         if at.several:
             return Call(phase, step)
+        last = len(unet.output_blocks) - 1
         cached = at.lane.latest is not None and not full_calls(steps, self.settings)[step]
-        return Call(self.settings.cached or phase if cached else phase, step, at.lane, cached)
-
-    @contextmanager
-    def _skipping(self) -> Iterator[None]:
-        """The layers of the middle do not run: a single number takes the place of their outputs."""
-        unet: Any = self.unet
-        middle = [unet.middle_block] if unet.middle_block is not None else []
-        blocks = [*unet.input_blocks[1:], *middle, *unet.output_blocks[:-1]]
-        wraps: list[tuple[nn.Module, Wrap]] = []
-        try:
-            for layer in (layer for block in blocks for layer in block):
-                wraps.append((layer, wrap(layer, lambda forward, x, *_, **__: x[:, :1, :1, :1])))
-            yield
-        finally:
-            for layer, wrapped in wraps:
-                wrapped.undo(layer)
+        return Call(self.settings.cached or phase if cached else phase, step, at.lane, cached, last)
 
     def output_block(self, h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What the last output block gets from below: remembered in a full call, given in a cached one."""
-        call, last = self.call, len(self.unet.output_blocks) - 1  # type: ignore[arg-type]
-        if call is not None and call.lane is not None and tuple(options.get("block", ()))[:2] == ("output", last):
+        call, block = self.call, tuple(options.get("block", ()))[:2]
+        if call is not None and call.lane is not None and block == ("output", call.last):
             if call.cached:
                 return call.lane.estimate(), skip
             call.lane.remember(h.detach().clone())
@@ -192,6 +187,21 @@ class AgentSD:
         return unmerge(n, matching)
 
 
+@contextmanager
+def skipping(unet: Any) -> Iterator[None]:
+    """The layers of the middle do not run: a single number takes the place of their outputs."""
+    middle = [unet.middle_block] if unet.middle_block is not None else []
+    blocks = [*unet.input_blocks[1:], *middle, *unet.output_blocks[:-1]]
+    wraps: list[tuple[nn.Module, Wrap]] = []
+    try:
+        for layer in (layer for block in blocks for layer in block):
+            wraps.append((layer, wrap(layer, lambda forward, x, *_, **__: x[:, :1, :1, :1])))
+        yield
+    finally:
+        for layer, wrapped in wraps:
+            wrapped.undo(layer)
+
+
 def grid_of(tokens: int, shape: Any) -> Grid | None:
     """Height and width of the tokens of latents of ``shape`` (B, C, H, W), or None where no halving has as many."""
     height, width = shape[-2:] if shape is not None else (0, 0)
@@ -206,11 +216,6 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 def _joined(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 class AgentSDPatch:
@@ -240,7 +245,7 @@ class AgentSDPatch:
         if not all(hasattr(unet, name) for name in ("input_blocks", "middle_block", "output_blocks")):
             raise ValueError(f"AgentSD patch: {type(unet).__name__} is no UNet of Stable Diffusion 1.x, 2.x or XL.")
         model = model.clone()
-        agentsd = AgentSD(settings, unet, model.model_options.get("model_function_wrapper"))
+        agentsd = AgentSD(settings, model.model_options.get("model_function_wrapper"))
         model.set_model_unet_function_wrapper(agentsd)
         model.set_model_attn1_patch(agentsd.attention_input)
         model.set_model_attn1_output_patch(agentsd.attention_output)
