@@ -65,7 +65,8 @@ class Reuse:
                 "each follows. Give their samples in fewer, larger calls"
             )
         track.step_to(moment.call)
-        lane = track.lane(Condition.of(inputs), self.settings.cache_order, self.settings.cache_tolerance > 0)
+        order = self.settings.cache_order if self.middle.lines else 0
+        lane = track.lane(Condition.of(inputs), order, self.settings.cache_tolerance > 0)
         lane.begin()
         planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))

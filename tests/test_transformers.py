@@ -145,12 +145,13 @@ def test_guidance_in_two_calls_keeps_two_lanes():
         torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=0)
 
 
-def test_two_tensors_are_kept_a_lane(kind):
+def test_one_tensor_is_kept_a_lane_and_carried_over_as_it_was(kind):
+    """Also with ``cache_order=1``, which elsewhere draws a line."""
     inputs = transformer_inputs(kind)
     pipe = agentsd.apply_patch(Trajectory(make_transformer(kind), kind), **REUSE)
     pipe.run(inputs)
     width = 32 if kind == "flux" else 16
-    assert agentsd.report(pipe).cache_bytes == 2 * 4 * 2 * 64 * width  # tensors, bytes, batch, tokens
+    assert agentsd.report(pipe).cache_bytes == 4 * 2 * 64 * width  # bytes, batch, tokens
     assert agentsd.report(pipe).last == {"full": 4, "cached": 4}
 
 

@@ -63,6 +63,7 @@ class Transformer:
     def middle(self, net: Any, branch: int) -> Middle:
         """The first block and ``branch`` more run. All others are skipped, together with what ControlNets add between
         them: what they make of their input is a sum, which the norm after the last block reads. The text ends there.
+        A line leads such sums astray (benchmarks/NOTES.md).
         """
         names = [name for name, _ in _blocks(net)]
         if not hasattr(net, ENDS):
@@ -72,7 +73,7 @@ class Transformer:
                 f"cache_branch={branch} is not allowed: expected 0 to {len(names) - 2}, since {type(net).__name__} "
                 f"has {len(names)} blocks, and at least one must be skipped."
             )
-        return Middle(tuple(names[branch + 1 : -1]), names[-1], reader=ENDS)
+        return Middle(tuple(names[branch + 1 : -1]), names[-1], reader=ENDS, lines=False)
 
     def outer_share(self, net: nn.Module, middle: Middle, height: int, width: int) -> float:
         """A weight is multiplied once for each token that it acts on: of the image, of the text, or of both."""
