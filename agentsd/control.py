@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -93,6 +94,7 @@ class Controller:
             return max(self._first, least)
         share = self._latest / self._calls if self._calls is not None else 0.5
         tolerance = self._tolerance * (LOOSE - (LOOSE - TIGHT) * share)
-        change = (tolerance / max(*values, 1e-9)) ** 0.5
+        worst = max(values) if all(map(math.isfinite, values)) else math.inf  # where half precision overflows
+        change = (tolerance / max(worst, 1e-9)) ** 0.5
         gap = self._gap * min(max(change, SHRINK), GROW)
         return min(max(int(gap + 0.5), least), most)

@@ -15,6 +15,7 @@ from agentsd.matching import partitions
 from agentsd.planner import BlockPlan, Grid
 from agentsd.schedule import Counts, Phase
 
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RUNS = 7  # of which the median is taken, after two that warm up
 
 
@@ -23,13 +24,15 @@ def attention_seconds(
 ) -> dict[str, float]:
     """Seconds of one call of the layer on random tokens, by the name of the phase, and ``"unpatched"``.
 
-    Matching, merging and unmerging are part of it. Empty where the layer's weights are no floating point numbers.
+    Matching, merging and unmerging are part of it. Empty where its weights are not computed with as they are:
+    quantised, cast layer by layer, or elsewhere until they are needed.
 
     Args:
         batch: how many samples; guidance makes two of an image.
     """
     weight = getattr(attn.to_q, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.is_meta:
+    offloaded = any(hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook") for layer in (attn, attn.to_q))
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in COMPUTED or weight.is_meta or offloaded:
         return {}
     tokens, device = grid[0] * grid[1], weight.device
     x = torch.randn(batch, tokens, attn.to_q.in_features, device=device, dtype=weight.dtype)

@@ -14,7 +14,7 @@ class Arriving:
     """A number on its way from the device. Reading it waits for no more than what was asked of the device before."""
 
     def __init__(self, number: Tensor) -> None:
-        self._number = number.to("cpu", non_blocking=True)
+        self._number = number.to("cpu", non_blocking=number.is_cuda)  # other devices have no event
         self._event: Any = torch.cuda.Event() if number.is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(number.device))

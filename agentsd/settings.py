@@ -124,7 +124,8 @@ class Settings:
         if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
             allowed = ", ".join(map(repr, PRESETS))
             raise ValueError(
-                f"preset={preset!r} is not allowed: expected one of {allowed}, or None for the paper's schedule."
+                f"preset={preset!r} is not allowed: expected one of {allowed}, the pathlib.Path of a file that "
+                "agentsd.tune has saved, or None for the paper's schedule."
             )
         names = [field.name for field in fields(cls)]
         for name in given:

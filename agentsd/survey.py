@@ -70,10 +70,11 @@ def _layers(net: Any, patch: Patch, measure: bool) -> list[LayerReport]:
         attn = modules.get(f"{site.name}.{site.layers[0]}")
         phases, notes = _done(planned, unchanged, block, attn)
         known = [phase for phase in (*settings.phases, settings.cached) if phase is not None]
-        if measure and site.joint:
-            notes.append("not timed: its attention is joint")
         timed = measure and hasattr(attn, "processor") and not site.joint
         seconds = attention_seconds(block, attn, grid, known, phases) if timed else {}
+        if measure and not seconds:
+            why = "attention is joint" if site.joint else "weights are not computed with as they are"
+            notes.append(f"not timed: its {why}")
         layers.append(LayerReport(site.name, grid, phases, "; ".join(dict.fromkeys(notes)), seconds))
     return layers
 

@@ -60,7 +60,14 @@ class Tuning:
         """
         if self.settings is None:
             raise ValueError(f"there are no settings to save: {self.verdict}.")
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: the PSNR of equal images is None."""
+        found = asdict(self)
+        for trial in found["trials"]:
+            trial.update({name: None for name in ("worst", "mean") if not math.isfinite(trial[name])})
+        return found
 
     def __str__(self) -> str:
         rows = [("", "seconds", "speed-up", f"worst of {self.images}, dB", "mean, dB")]

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from agentsd.apply import apply_patch, patched, without_patch
 from agentsd.models import denoiser_of
-from agentsd.trials import SAME, Trial, Tuning, choose, parse_target
+from agentsd.trials import Trial, Tuning, choose, parse_target
 
 PROMPTS = ("a red fox in the snow", "a harbour at night", "portrait of an old sailor", "a bowl of fruit on a table")
+WARM_UP = 4  # steps: the last of them is a cached call
 # in the order in which they are tried while time is left: those that most often win come first
 CANDIDATES: Mapping[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
@@ -70,11 +71,12 @@ def tune(
         raise ValueError("prompts=() is not allowed: expected one prompt or more.")
     if not callable(pipe) or not hasattr(pipe, "set_progress_bar_config"):
         raise TypeError(f"cannot tune a {type(pipe).__name__}: expected a diffusers pipeline, which draws images.")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     steps = inputs.setdefault("num_inference_steps", 50)
     started = time.perf_counter()
     with without_patch(pipe), _quiet(pipe), tqdm(total=len(CANDIDATES) + 2, disable=not progress) as bar:
         draw = _drawer(pipe, prompts, seed, inputs)
-        few = steps if "strength" in inputs else min(steps, 2)  # image to image makes a share of the steps
+        few = steps if "strength" in inputs else min(steps, WARM_UP)  # image to image makes a share
         draw(1, num_inference_steps=few)  # warms up
         bar.set_description("unpatched")
         _, first = draw(1)
@@ -105,11 +107,11 @@ def tune(
                 trials.append(attempt(name, settings))
         chosen, verdict = choose(trials, wanted)
         if next(denoiser_of(pipe).parameters()).is_cuda:
-            given = chosen.settings if chosen is not None and chosen.settings is not None else {"ratio": 0}
-            graphs = attempt(f"{chosen.name if chosen else 'unpatched'}, cuda_graphs", {**given, "cuda_graphs": True})
-            trials.append(graphs)
-            if graphs.speedup > SAME * (chosen.speedup if chosen is not None else 1):
-                chosen, verdict = graphs, f"{graphs.name}: {graphs.speedup:.2f}x, as CUDA graphs change no pixel"
+            fastest = max((t for t in trials if t.settings is not None), key=lambda trial: trial.speedup)
+            for trial in {t.name: t for t in (chosen, fastest) if t is not None}.values():  # graphs change no pixel
+                trials.append(attempt(f"{trial.name}, cuda_graphs", {**(trial.settings or {}), "cuda_graphs": True}))
+            trials.append(attempt("unpatched, cuda_graphs", {"ratio": 0, "cuda_graphs": True}))
+            chosen, verdict = choose(trials, wanted)
         advice = _advice(pipe, draw, count, few, trials[0].seconds)
     found = chosen.settings if chosen is not None else None
     if found is not None and apply:

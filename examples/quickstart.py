@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 import agentsd
-from agentsd.cli import compare, options, pipelines
+from agentsd.cli import compare, options, pictures, pipelines
 from agentsd.schedule import full_calls
 
 SCHEDULE = 50  # steps of the presets' schedules
@@ -35,14 +35,16 @@ def parse_args() -> argparse.Namespace:
     options.add_image(parser)
     options.add_model(parser)
     args = parser.parse_args()
-    if not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    try:
+        pictures.require_place(args.out)
+    except options.CommandError as error:
+        parser.error(str(error))
     return args
 
 
 def real_size_unet(device: str) -> UNet2DConditionModel:
     """The UNet of Stable Diffusion 1.5 with random weights: its speed is that of the trained one."""
-    fast_half = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast_half = device != "cpu" or pipelines.has_fast_bfloat16()
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     unet = unet.to(torch.bfloat16 if fast_half else torch.float32).to_empty(device=device).eval()

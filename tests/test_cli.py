@@ -249,3 +249,15 @@ def test_help_has_examples_that_parse(module, capsys):
     assert len(examples) >= 2 and all(example in capsys.readouterr().out for example in examples[:1])
     for example in examples:
         parser().parse_args(shlex.split(example.partition(" | ")[0]))
+
+
+def test_options_may_be_repeated(capsys):
+    assert run("report", "--device", "cpu", "--set", "cache_interval=4", "--set", "cache_cell=3", "--json") == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["cache_interval"], settings["cache_cell"]) == (4, 3)
+
+
+@pytest.mark.parametrize("out", ["picture", "picture.xyz", "nowhere/picture.png"])
+def test_where_the_picture_goes_is_looked_at_before_anything_is_drawn(out, tmp_path, capsys):
+    assert run("compare", "--model", "nothing-here", "--out", tmp_path / out) == 2
+    assert "--out" in capsys.readouterr().err

@@ -136,3 +136,11 @@ def test_it_runs_where_there_are_no_values():
 def test_what_cannot_be_is_an_error(given, message):
     with pytest.raises(ValueError, match=message):
         agentsd.Settings(**{**REUSE, **given})
+
+
+def test_errors_that_are_no_numbers_ask_for_full_calls():
+    """Where half precision overflows an image is black, as without a patch, and not an error."""
+    for value in (float("nan"), float("inf")):
+        for errors in ([value], [0.01, value]):
+            places = full_calls(Controller(settings(), 50, 0), 50, lambda _, errors=errors: errors)
+            assert len(places) >= most_full(50, settings()) - 1

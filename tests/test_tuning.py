@@ -1,5 +1,6 @@
 """Settings found on the user's own pipeline."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from conftest import ROOT, make_pipeline
 from diffusers import StableDiffusionPipeline
 
 import agentsd
+from agentsd import tuning
 from agentsd.trials import Trial, choose, parse_target
 from agentsd.tuning import CANDIDATES
 
@@ -90,24 +92,24 @@ def test_the_pipeline_is_left_as_it_was(pipe, before):
 
 
 def test_what_was_tried_is_told_and_images_are_compared_with_the_unpatched_ones(pipe):
-    tuning = found(pipe, "1dB")
-    assert [t.name for t in tuning.trials] == ["unpatched", "unpatched, half the steps", *list(CANDIDATES)[:2]]
-    assert tuning.untried == tuple(CANDIDATES)[2:]
-    assert tuning.images == 1 and all(10 < t.worst <= t.mean + 1e-9 for t in tuning.trials[1:])
-    assert all(t.speedup == pytest.approx(tuning.trials[0].seconds / t.seconds) for t in tuning.trials)
-    for name in (*CANDIDATES, "channels_last", tuning.verdict):
-        assert name in str(tuning)
+    result = found(pipe, "1dB")
+    assert [t.name for t in result.trials] == ["unpatched", "unpatched, half the steps", *list(CANDIDATES)[:2]]
+    assert result.untried == tuple(CANDIDATES)[2:]
+    assert result.images == 1 and all(10 < t.worst <= t.mean + 1e-9 for t in result.trials[1:])
+    assert all(t.speedup == pytest.approx(result.trials[0].seconds / t.seconds) for t in result.trials)
+    for name in (*CANDIDATES, "channels_last", result.verdict):
+        assert name in str(result)
 
 
 def test_what_is_found_is_saved_and_given_back(pipe, tmp_path):
-    tuning, path = found(pipe, "1dB", apply=True), tmp_path / "tuned.json"
-    if tuning.settings is None:  # on a machine where nothing gains
+    result, path = found(pipe, "1dB", apply=True), tmp_path / "tuned.json"
+    if result.settings is None:  # on a machine where nothing gains
         with pytest.raises(ValueError, match="no settings to save"):
-            tuning.save(path)
-        tuning = replace(tuning, settings=CANDIDATES["balanced"])
-        agentsd.apply_patch(pipe, **tuning.settings)
+            result.save(path)
+        result = replace(result, settings=CANDIDATES["balanced"])
+        agentsd.apply_patch(pipe, **result.settings)
     applied = agentsd.report(pipe).settings
-    tuning.save(path)
+    result.save(path)
     for more in ({}, {"seed": 3}):
         agentsd.apply_patch(pipe, preset=path, **more)
         assert agentsd.report(pipe).settings == replace(applied, **more)
@@ -122,6 +124,18 @@ def test_a_file_that_holds_no_settings_is_an_error(tmp_path, text):
         agentsd.Settings.of(path, {})
     with pytest.raises(OSError):
         agentsd.Settings.of(Path(tmp_path / "none.json"), {})
+
+
+def test_one_prompt_is_one_prompt(pipe, monkeypatch):
+    monkeypatch.setattr(tuning, "CANDIDATES", {})
+    assert found(pipe, prompts="a red apple", seconds=10**6, num_inference_steps=4).images == 1
+
+
+def test_what_is_saved_is_json(tmp_path):
+    path = tmp_path / "tuned.json"
+    agentsd.Tuning({}, "chosen", 1, (UNPATCHED, FAST), (), ()).save(path)
+    refuse = lambda name: pytest.fail(f"{name} is no JSON")
+    assert json.loads(path.read_text(), parse_constant=refuse)["trials"][0]["worst"] is None
 
 
 def test_every_candidate_is_allowed():

@@ -25,6 +25,7 @@ import agentsd
 from agentsd.cli import options, pictures, pipelines
 from agentsd.cli.options import CommandError
 
+WARM_UP = 4  # steps: the last of them is a cached call
 PROMPTS = [
     "red apple on a blue background",
     "small frog on a purple background",
@@ -37,7 +38,7 @@ PROMPTS = [
 
 def add_parser(commands: Any) -> None:
     parser = options.add(commands, "compare", run, __doc__)
-    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="prompts (default: six of the demo's)")
+    parser.add_argument("--prompt", nargs="+", action="extend", help="prompts (default: six of the demo's)")
     parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: compare.png)")
     options.add_json(parser)
     options.add_patch(parser)
@@ -93,9 +94,10 @@ def compare(
         raise CommandError(f"--preset {options.UNPATCHED}: there is nothing to compare with")
     seeds = [seed + i for i in range(len(prompts))]
     try:
-        with agentsd.patched(pipe, **patch):  # the first call takes longer, whoever makes it
-            pipelines.draw(pipe, prompts, seeds, arguments | {"num_inference_steps": 1})
-        pipelines.draw(pipe, prompts, seeds, arguments | {"num_inference_steps": 1})
+        few = arguments | {"num_inference_steps": min(WARM_UP, arguments["num_inference_steps"])}
+        with agentsd.patched(pipe, **patch):  # the first call of a kind takes longer, whoever makes it
+            pipelines.draw(pipe, prompts, seeds, few)
+        pipelines.draw(pipe, prompts, seeds, few)
         start = time.perf_counter()
         plain = pipelines.draw(pipe, prompts, seeds, arguments)
         between = time.perf_counter()
@@ -109,11 +111,11 @@ def compare(
 
 def run(args: argparse.Namespace) -> None:
     patch = options.patch_of(args)
-    if not args.out.parent.is_dir():
-        raise CommandError(f"--out {args.out}: there is no folder {args.out.parent}")
+    pictures.require_place(args.out)
+    prompts = args.prompt or PROMPTS
     pipe = pipelines.load(args)
-    found = compare(pipe, args.prompt, args.seed, pipelines.call(args), patch)
-    found.picture(args.prompt).save(args.out)
+    found = compare(pipe, prompts, args.seed, pipelines.call(args), patch)
+    found.picture(prompts).save(args.out)
     if args.json:
         told = {"unpatched_seconds": found.plain_seconds, "agentsd_seconds": found.patched_seconds}
         psnr = [value if math.isfinite(value) else None for value in found.fidelities]

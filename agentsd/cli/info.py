@@ -52,7 +52,7 @@ def devices() -> dict[str, str]:
         found[f"cuda:{i}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GB, capability {card.major}.{card.minor}"
     if torch.backends.mps.is_available():
         found["mps"] = "Apple's GPU"
-    half = "bfloat16 in hardware" if _has_bfloat16() else "bfloat16 is emulated"
+    half = "bfloat16 in hardware" if pipelines.has_fast_bfloat16() else "bfloat16 is emulated"
     instructions = torch.backends.cpu.get_cpu_capability()
     return found | {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}, {half}"}
 
@@ -64,12 +64,8 @@ def advice() -> list[str]:
     elif torch.backends.mps.is_available():
         dtype, more = "float16 on Apple's GPU", ["nobody has measured an Apple GPU yet: try agentsd compare"]
     else:
-        dtype, more = "--dtype bfloat16" if _has_bfloat16() else "float32", []
+        dtype, more = "--dtype bfloat16" if pipelines.has_fast_bfloat16() else "float32", []
     return [f"advice: {dtype}, 20 steps or more, preset balanced", *more]
-
-
-def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _version(name: str) -> str | None:

@@ -51,7 +51,7 @@ def add_patch(parser: argparse.ArgumentParser) -> None:
         "--preset", default="balanced", help=f"{names}, or a file of `agentsd tune` (default: balanced)"
     )
     example = "settings beside it, as cache_interval=4"
-    group.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=example)
+    group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=example)
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 
 def add_prompts(parser: argparse.ArgumentParser, *, required: bool) -> None:
     source = parser.add_mutually_exclusive_group(required=required)
-    source.add_argument("--prompt", nargs="+", help="one or more prompts")
+    source.add_argument("--prompt", nargs="+", action="extend", help="one or more prompts")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt in each line")
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from agentsd.cli.options import CommandError
+
 KEY = "agentsd"  # of the metadata in a PNG
 
 
@@ -28,6 +30,18 @@ def save(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     part = path.with_suffix(".part")
     image.save(part, format="PNG", pnginfo=text)
     part.replace(path)
+
+
+def require_place(path: Path) -> None:
+    """Before anything is drawn, that a picture can be written to ``path``.
+
+    Raises:
+        CommandError: there is no such folder, or no such kind of picture.
+    """
+    if not path.parent.is_dir():
+        raise CommandError(f"--out {path}: there is no folder {path.parent}")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise CommandError(f"--out {path}: {path.suffix or 'no ending'} is no kind of picture: give a name in .png")
 
 
 def side_by_side(rows: Sequence[tuple[str, Sequence[Image.Image]]], prompts: Sequence[str]) -> Image.Image:

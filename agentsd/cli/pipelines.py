@@ -21,6 +21,12 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether the CPU computes in bfloat16, rather than emulating it."""
+    mkldnn: Any = torch.backends.mkldnn
+    return bool(mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """As an argument of `from_pretrained`, for which diffusers before 0.40 has another name."""
     release = tuple(map(int, diffusers.__version__.split(".")[:2]))

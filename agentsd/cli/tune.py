@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = options.prompts_of(args) or (compare.PROMPTS if args.model == "demo" else PROMPTS)
     if not args.out.parent.is_dir():
         raise CommandError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out.suffix != ".json":
+        raise CommandError(f"--out {args.out}: give a name in .json, as --preset wants it")
     pipe = pipelines.load(args)
     how = {"seconds": args.seconds, "seed": args.seed, **pipelines.call(args)}
     try:
@@ -48,15 +48,6 @@ def run(args: argparse.Namespace) -> None:
     if found.settings is not None:
         found.save(args.out)
     saved = str(args.out) if found.settings is not None else None
-    print(json.dumps(_finite(asdict(found) | {"file": saved})) if args.json else found)
+    print(json.dumps(found.to_dict() | {"file": saved}) if args.json else found)
     if saved and not args.json:
         print(f"-> {saved}")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: the PSNR of equal images is null."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

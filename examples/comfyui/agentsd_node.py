@@ -116,7 +116,7 @@ class AgentSD:
             return Call(phase, step)
         key = (*(options.get("uuids") or args.get("cond_or_uncond", ())), tuple(args["input"].shape))
         at = self.trajectories.get(key)
-        if at is None or at.sigmas != sigmas or step < at.step:
+        if at is None or at.sigmas != sigmas or not at.step <= step <= at.step + 1:
             if step == 0:  # a new image: what is left of others goes
                 self.trajectories = {k: t for k, t in self.trajectories.items() if t.sigmas == sigmas and t.step <= 0}
             at = self.trajectories[key] = Trajectory(sigmas, Lane(self.settings.cache_order))
