@@ -164,7 +164,7 @@ class Settings:
         part = "above 0 and at most 1, the share of the calls that may be full"
         _require(0 < self.cache_budget <= 1, "cache_budget", self.cache_budget, part)
         for name in ("cache_cell", "cache_tolerance"):
-            value, idle = getattr(self, name), {field.name: field.default for field in fields(self)}[name]
+            value, idle = getattr(self, name), getattr(Settings, name)
             without = (
                 f"{idle}, since with cache_interval=1 no call is cached: give another cache_interval, or {name}={idle}"
             )

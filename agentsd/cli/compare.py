@@ -24,8 +24,8 @@ from PIL import Image
 import agentsd
 from agentsd.cli import options, pictures, pipelines
 from agentsd.cli.options import CommandError
+from agentsd.tuning import WARM_UP
 
-WARM_UP = 4  # steps: the last of them is a cached call
 PROMPTS = [
     "red apple on a blue background",
     "small frog on a purple background",

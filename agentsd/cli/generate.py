@@ -85,11 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _draw_all(args: argparse.Namespace, patch: Any, work: Work, todo: list[range], state: PartialState) -> None:
     pipe = pipelines.load(args, state.device if state.num_processes > 1 else None)
-    if patch is not None:
-        try:
-            agentsd.apply_patch(pipe, **patch)
-        except (TypeError, ValueError) as error:
-            raise CommandError(str(error)) from None
+    pipelines.patch(pipe, patch)
     pipe.set_progress_bar_config(disable=True)
     arguments = pipelines.call(args)
     shared = _metadata(args, patch, pipe)

@@ -54,6 +54,16 @@ def add_patch(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=example)
 
 
+def require_folder(path: Path) -> None:
+    """That there is a folder for what is to be written.
+
+    Raises:
+        CommandError: there is none.
+    """
+    if not path.parent.is_dir():
+        raise CommandError(f"--out {path}: there is no folder {path.parent}")
+
+
 def add_image(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("image")
     group.add_argument("--steps", type=at_least(1), default=25, help="denoising steps (default: 25)")

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from agentsd.cli.options import CommandError
+from agentsd.cli.options import CommandError, require_folder
 
 KEY = "agentsd"  # of the metadata in a PNG
 
@@ -38,8 +38,7 @@ def require_place(path: Path) -> None:
     Raises:
         CommandError: there is no such folder, or no such kind of picture.
     """
-    if not path.parent.is_dir():
-        raise CommandError(f"--out {path}: there is no folder {path.parent}")
+    require_folder(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise CommandError(f"--out {path}: {path.suffix or 'no ending'} is no kind of picture: give a name in .png")
 

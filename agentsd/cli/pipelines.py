@@ -10,6 +10,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+import agentsd
 from agentsd.cli.options import CommandError
 
 REPOSITORY = Path(__file__).parents[2]  # where this is a clone of it
@@ -65,6 +66,19 @@ def load(args: argparse.Namespace, device: str | torch.device | None = None) -> 
     except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(f"--model {args.model} on {device}: {error}") from None
     return pipe
+
+
+def patch(pipe: Any, settings: dict[str, Any] | None) -> None:
+    """Applies what `agentsd.cli.options.patch_of` gave.
+
+    Raises:
+        CommandError: the pipeline cannot be patched like this.
+    """
+    try:
+        if settings is not None:
+            agentsd.apply_patch(pipe, **settings)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from None
 
 
 def call(args: argparse.Namespace) -> dict[str, Any]:

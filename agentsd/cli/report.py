@@ -15,7 +15,6 @@ from typing import Any
 
 import agentsd
 from agentsd.cli import options, pipelines
-from agentsd.cli.options import CommandError
 
 
 def add_parser(commands: Any) -> None:
@@ -30,11 +29,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     patch = options.patch_of(args)
     pipe = pipelines.load(args)
-    try:
-        if patch is not None:
-            agentsd.apply_patch(pipe, **patch)
-    except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from None
+    pipelines.patch(pipe, patch)
     size = {name: value for name, value in (("height", args.height), ("width", args.width)) if value is not None}
     if size:
         pipe.set_progress_bar_config(disable=True)

@@ -35,8 +35,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     prompts = options.prompts_of(args) or (compare.PROMPTS if args.model == "demo" else PROMPTS)
-    if not args.out.parent.is_dir():
-        raise CommandError(f"--out {args.out}: there is no folder {args.out.parent}")
+    options.require_folder(args.out)
     if args.out.suffix != ".json":
         raise CommandError(f"--out {args.out}: give a name in .json, as --preset wants it")
     pipe = pipelines.load(args)
