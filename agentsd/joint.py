@@ -107,8 +107,7 @@ class JointAttnProcessor(AgentAttnProcessor):
         if part is None:
             rotary = () if image_rotary_emb is None else (image_rotary_emb,)
             return self.own(attn, x, text, attention_mask, *rotary)
-        if self._now.call is not None and self._now.call.running is not None:
-            self._now.call.running.joint = None
+        self._taken_up()
         self.give_back(attn)
         first = 0 if text is None else text.shape[1]
         image = slice(part.before, part.before + part.tokens)

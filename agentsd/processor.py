@@ -107,7 +107,7 @@ class AgentAttnProcessor:
     def _taken_up(self) -> None:
         call = self._now.call
         if call is not None and call.running is not None:
-            call.running.agents = None
+            call.running.agents = call.running.joint = None
 
     def take_over(self, attn: Any) -> None:
         """Compute the next call of ``attn`` in this thread."""
