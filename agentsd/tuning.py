@@ -79,9 +79,10 @@ def tune(
         few = steps if "strength" in inputs else min(steps, WARM_UP)  # image to image makes a share
         draw(1, num_inference_steps=few)  # warms up
         bar.set_description("unpatched")
-        _, first = draw(1)
-        count = max(1, min(len(prompts), int(seconds / (4 * first[0]))))
-        true, base = draw(count)
+        true, base = draw(1)
+        count = max(1, min(len(prompts), int(seconds / (4 * base[0]))))
+        more, taken = draw(count, begin=1)
+        true, base = true + more, base + taken
         trials = [Trial("unpatched", None, statistics.median(base), 1.0, math.inf, math.inf)]
 
         def attempt(name: str, settings: dict[str, Any] | None, **changes: Any) -> Trial:
@@ -123,9 +124,9 @@ Draw = Callable[..., tuple[list[Tensor], list[float]]]
 
 
 def _drawer(pipe: Any, prompts: Sequence[str], seed: int, inputs: Mapping[str, Any]) -> Draw:
-    def draw(count: int, **changes: Any) -> tuple[list[Tensor], list[float]]:
+    def draw(count: int, begin: int = 0, **changes: Any) -> tuple[list[Tensor], list[float]]:
         images, taken = [], []
-        for i, prompt in enumerate(prompts[:count]):
+        for i, prompt in enumerate(prompts[begin:count], begin):
             generator = torch.Generator().manual_seed(seed + i)
             start = time.perf_counter()
             output = pipe(prompt, generator=generator, output_type="pt", **{**inputs, **changes}).images
