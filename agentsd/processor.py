@@ -43,7 +43,7 @@ def keeper(layer: Any) -> str:
     """
     if hasattr(processor_of(layer), "attention_probs"):
         return type(processor_of(layer)).__name__
-    forward = vars(layer).get("forward")
+    forward = layer.__dict__.get("forward")  # vars() the compiler of PyTorch 2.6 does not know
     own = getattr(forward, "__func__", None) is type(layer).forward or hasattr(forward, "_torchdynamo_orig_callable")
     if forward is None or own or hasattr(layer, "_hf_hook"):
         return ""

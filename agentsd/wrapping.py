@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -43,14 +45,10 @@ class Wrap:
         self._inner: Callable[..., Any] | None = vars(module).get("forward")
         self._class_s = type(module).forward  # now: in a graph, classes that diffusers allows there have no attributes
 
-    @property
-    def forward(self) -> Any:
-        """What was there before."""
-        return self._inner if self._inner is not None else self._class_s.__get__(self._module())
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        around = self.around
-        return self.forward(*args, **kwargs) if around is None else around(self.forward, *args, **kwargs)
+        # a partial function: of a method that is made in a graph, the compiler of PyTorch 2.6 knows nothing
+        forward = self._inner if self._inner is not None else functools.partial(self._class_s, self._module())
+        return forward(*args, **kwargs) if self.around is None else self.around(forward, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"around": self.around, "module": self._module(), "inner": self._inner}
@@ -62,13 +60,14 @@ class Wrap:
     def undo(self, module: nn.Module) -> None:
         """Leave ``module`` as it was; where others have wrapped it since, they keep what was there before, too."""
         self.around = None
+        before = self._inner if self._inner is not None else types.MethodType(self._class_s, module)
         if vars(module).get("forward") is self and self._inner is None:
             del module.forward
         hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
         for holder in (module, *hooks):
             for name in ("forward", "_old_forward", "original_forward"):  # accelerate's and diffusers' names
                 if vars(holder).get(name) is self:
-                    setattr(holder, name, self.forward)
+                    setattr(holder, name, before)
 
 
 def wrap(module: nn.Module, around: Callable[..., Any]) -> Wrap:
