@@ -118,12 +118,14 @@ def record(work: Work, identity: dict[str, Any], process: int) -> None:
     path, part = work.out / RECORD, work.out / f"{RECORD}.{process}"
     try:
         work.out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not path.exists() or not any(work.out.glob("*.png")):  # what was recorded has drawn nothing
             part.write_text(json.dumps(identity, indent=2))
             part.replace(path)
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--out {work.out}: {error}") from None
+    except OSError as error:
+        raise CommandError(f"--out {work.out}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"--out {path}: {error}") from None
     unlike = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
     if unlike:
         raise CommandError(f"--out {work.out}: its images have other {', '.join(unlike)}; give another folder")
