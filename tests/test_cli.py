@@ -17,6 +17,7 @@ from PIL import Image, ImageChops
 
 import agentsd
 from agentsd.cli import COMMANDS, compare, main, parser, pictures
+from agentsd.cli.options import CommandError, writing
 from agentsd.cli.pipelines import demo_model
 from agentsd.trials import Trial
 
@@ -249,6 +250,7 @@ def test_bench_hands_on(capfd):
         (["generate", "--prompt", "a", "--model", "no/such/model"], "no/such/model"),
         (["compare", "--preset", "none"], "nothing to compare"),
         (["tune", "--target", "fast"], "expected a speed-up"),
+        (["tune", "--target", "0.5x"], "expected a speed-up of 1 or more"),
         (["compare", "--out", "no/such/folder/out.png"], "no/such/folder"),
         (["report", "--device", "nothing"], "nothing"),
         (["nothing"], "invalid choice"),
@@ -272,6 +274,16 @@ def test_without_the_repository_it_says_where_the_demo_is(monkeypatch, tmp_path,
     assert "not here: it comes with the repository" in capsys.readouterr().out
 
 
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch, capsys):
+    """Root may write everywhere, so that the system is only asked."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run("compare", "--model", "nothing-here", "--out", tmp_path / "picture.png") == 2
+    assert "permission denied" in capsys.readouterr().err
+    monkeypatch.undo()
+    with pytest.raises(CommandError, match="No such file"), writing(tmp_path / "nowhere" / "x.png"):
+        (tmp_path / "nowhere" / "x.png").touch()
+
+
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
 def test_help_has_examples_that_parse(module, capsys):
     name = module.__name__.rpartition(".")[2]
@@ -288,7 +300,8 @@ def test_options_may_be_repeated(capsys):
     assert (settings["cache_interval"], settings["cache_cell"]) == (4, 3)
 
 
-@pytest.mark.parametrize("out", ["picture", "picture.xyz", "nowhere/picture.png"])
+@pytest.mark.parametrize("out", ["picture", "picture.xyz", "nowhere/picture.png", "folder.png"])
 def test_where_the_picture_goes_is_looked_at_before_anything_is_drawn(out, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
     assert run("compare", "--model", "nothing-here", "--out", tmp_path / out) == 2
     assert "--out" in capsys.readouterr().err

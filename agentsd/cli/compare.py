@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = args.prompt or PROMPTS
     pipe = pipelines.load(args)
     found = compare(pipe, prompts, args.seed, pipelines.call(args), patch)
-    found.picture(prompts).save(args.out)
+    with options.writing(args.out):
+        found.picture(prompts).save(args.out)
     if args.json:
         told = {"unpatched_seconds": found.plain_seconds, "agentsd_seconds": found.patched_seconds}
         psnr = [value if math.isfinite(value) else None for value in found.fidelities]

@@ -97,7 +97,8 @@ def _draw_all(args: argparse.Namespace, patch: Any, work: Work, todo: list[range
             images = dict(zip(indices, pipelines.draw(pipe, prompts, seeds, arguments), strict=True))
             for i in lacking:
                 own = {"prompt": work.prompts[i], "seed": work.seed + i, "in_batch": [indices.start, indices.stop]}
-                pictures.save(images[i], work.path(i), own | shared)
+                with options.writing(work.path(i)):
+                    pictures.save(images[i], work.path(i), own | shared)
                 bar.update()
 
 

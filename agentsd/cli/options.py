@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,13 +59,26 @@ def add_patch(parser: argparse.ArgumentParser) -> None:
 
 
 def require_folder(path: Path) -> None:
-    """That there is a folder for what is to be written.
+    """Before anything is drawn, that there is a folder for what is to be written, and that it may be.
 
     Raises:
-        CommandError: there is none.
+        CommandError: it may not.
     """
     if not path.parent.is_dir():
         raise CommandError(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise CommandError(f"--out {path}: it is a folder; give a name in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"--out {path}: permission denied")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written is what the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"--out {path}: {error.strerror or error}") from None
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
