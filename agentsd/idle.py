@@ -8,7 +8,7 @@ from agentsd.settings import Settings
 
 CONSTANTS = ("k_scale2", "k_shortcut")
 AGENTS = ("agent_sx", "agent_sy", "agent_ratio", *CONSTANTS)
-CELLS = ("agent_steps", *AGENTS, "sx", "sy")
+CELLS = (*AGENTS, "sx", "sy")
 DRAWS = ("use_rand", "seed")
 
 
@@ -29,10 +29,11 @@ def idle(settings: Settings, given: Iterable[str]) -> dict[str, list[str]]:
 def _reasons(settings: Settings) -> dict[str, tuple[str, ...]]:
     """Why some settings do nothing, the widest reason first, and which these are."""
     around = ("merge_attn", "merge_crossattn", "merge_mlp")
-    merging: tuple[str, ...] = (*CELLS, *around)
+    cells = CELLS if settings.agent_steps == 0 else ("agent_steps", *CELLS)  # who wants no agents has none
+    merging: tuple[str, ...] = (*cells, *around)
     nothing = "ratio=0"
     if nowhere := not any(getattr(settings, name) for name in around):
-        merging, nothing = ("ratio", *CELLS), "merge_attn, merge_crossattn and merge_mlp all False"
+        merging, nothing = ("ratio", *cells), "merge_attn, merge_crossattn and merge_mlp all False"
     merges = settings.ratio > 0 and not nowhere
     holds = {
         f"with {nothing} no attention is patched": (

@@ -99,6 +99,7 @@ def test_presets_and_defaults_have_nothing_idle(name):
         warnings.simplefilter("error")
         apply_patch(make_unet(), preset=name, seed=0)
         apply_patch(make_unet(), preset=name, use_rand=False, min_tokens=8)
+        apply_patch(make_unet(), **(agentsd.PRESETS[name] if name else {}))  # spelled out, too
         apply_patch(make_unet(), ratio=0, cache_interval=3, cache_order=1)
 
 

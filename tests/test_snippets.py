@@ -103,6 +103,28 @@ def test_python(page, here, demo, request):
         exec(compile(block, page.name, "exec"), names)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("card", ["demo_model", "demo_model_sd3"])
+def test_the_demo_models_in_half_precision(card, dtype):
+    """As they are stored, and as a GPU runs them: the snippets of their cards, but for the type."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if card.endswith("sd3") else {}
+    pipe = DiffusionPipeline.from_pretrained(DEMO.with_name(card), **absent).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    draw = lambda: (
+        pipe(
+            "red apple on a blue background",
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+    )
+    plain = draw()
+    agentsd.apply_patch(pipe, preset="balanced", seed=0)
+    assert (draw() - plain).abs().mean() < 0.1
+    agentsd.remove_patch(pipe)
+    assert torch.equal(draw(), plain)
+
+
 def prepare(page, folder, demo) -> None:
     if page.name == "command-line.md":
         image = demo("", num_inference_steps=1).images[0]
