@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
+PACKAGES = [
     "agentsd",
     "torch",
     "diffusers",
@@ -25,7 +25,7 @@ PACKAGES = (
     "tgate",
     "cache-dit",
     "torch-fidelity",
-)
+]
 
 
 def card(device: str) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 On tiny transformers with random weights, as the pipelines of diffusers call them: ControlNets add one residual to
 each block or to each group of them, skip-layer guidance is a second call of half the batch, image to image starts in
-the middle, and a second image follows of other inputs. Where a cache wants a context that the pipeline of diffusers
-does not set, it raises; what it gives with one set by hand is measured, too.
+the middle, and a second image follows of other inputs. Where a cache raises for want of a context, which most
+pipelines do not set, what it gives with one set by hand is measured, too. With cache-dit where it is installed.
 
-    python benchmarks/exactness.py              # with cache-dit where it is installed
+    python benchmarks/exactness.py
 """
 
 # ruff: noqa: RUF009 (an option is a field)
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ import agentsd
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny_transformers import KINDS, Trajectory, make_transformer, transformer_inputs
 
-STEPS, START = 8, 3
-EXACT = 1e-6
+STEPS, EXACT = 8, 1e-6
 
 
 @dataclass
@@ -48,46 +47,54 @@ class Case:
     guided: bool = False  # by a second call
 
 
-def cache_dit(net: Any, case: Case) -> None:
+Method = Callable[[Any, Case], Any]
+
+
+def of_diffusers(name: str, config: Any) -> Method:
+    return lambda pipe, case: getattr(diffusers.hooks, f"apply_{name}")(pipe.transformer, config)
+
+
+def cache_dit(pipe: Any, case: Case) -> None:
     """Stable Diffusion 3 without its pipeline as cache-dit has it with one."""
     import cache_dit as package  # noqa: PLC0415
 
-    settings = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "num_inference_steps": STEPS}
+    net = pipe.transformer
     if type(net).__name__.startswith("SD3"):
         pattern = package.ForwardPattern.Pattern_1
         net = package.BlockAdapter(transformer=net, blocks=net.transformer_blocks, forward_pattern=pattern)
+    settings = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "num_inference_steps": STEPS}
     package.enable_cache(net, cache_config=package.DBCacheConfig(**settings, enable_separate_cfg=case.guided))
 
 
-def of_diffusers(name: str, config: Any) -> Callable[[Any, Case], Any]:
-    return lambda net, case: getattr(diffusers.hooks, f"apply_{name}")(net, config)
-
-
-CONSTANT = [1.0] * STEPS
-PEERS = {
+METHODS: dict[str, Method] = {
+    "agentsd": lambda pipe, case: agentsd.apply_patch(pipe, ratio=0, cache_interval=3),
     "FirstBlockCache": of_diffusers("first_block_cache", diffusers.FirstBlockCacheConfig()),
-    "MagCache": of_diffusers("mag_cache", diffusers.MagCacheConfig(num_inference_steps=STEPS, mag_ratios=CONSTANT)),
+    "MagCache": of_diffusers(
+        "mag_cache", diffusers.MagCacheConfig(num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS)
+    ),
     "TaylorSeer": of_diffusers(
         "taylorseer_cache", diffusers.TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32)
     ),
-}
+} | ({"cache-dit": cache_dit} if importlib.util.find_spec("cache_dit") else {})
 
 
 def residuals(kind: str, each: bool) -> dict[str, list[Tensor]]:
     """What ControlNets add: for each block, or for each group of them."""
     generator = torch.Generator().manual_seed(3)
     draw = lambda count, width: [torch.randn(2, 64, width, generator=generator) for _ in range(count)]
-    if kind == "flux":
-        single = draw(3 if each else 2, 32)
-        return {"controlnet_block_samples": draw(2 if each else 1, 32), "controlnet_single_block_samples": single}
-    return {"block_controlnet_hidden_states": draw(4 if each else 2, 16)}
+    if kind != "flux":
+        return {"block_controlnet_hidden_states": draw(4 if each else 2, 16)}
+    double, single = (2, 3) if each else (1, 2)
+    return {"controlnet_block_samples": draw(double, 32), "controlnet_single_block_samples": draw(single, 32)}
 
 
 def cases(kind: str) -> dict[str, Case]:
     inputs, own = transformer_inputs(kind), kind == "flux"
     pick = lambda i: {n: v if n.endswith("ids") else v[i : i + 1] for n, v in inputs.items()}
-    found = {"plain": Case([inputs], own), "guidance in two calls": Case([pick(0), pick(1)], own, guided=True)}
-    found["image to image, two images"] = Case([inputs], start=START, images=2)
+    found = {"plain": Case([inputs], own)}
+    if own:
+        found["guidance in two calls"] = Case([pick(0), pick(1)], own, guided=True)
+    found["image to image, two images"] = Case([inputs], start=3, images=2)
     if kind != "pixart":
         found["ControlNet, each block"] = Case([{**inputs, **residuals(kind, True)}])
         found["ControlNet, groups"] = Case([{**inputs, **residuals(kind, False)}])
@@ -110,19 +117,18 @@ def outputs(pipe: Any, case: Case, contexts: bool) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def outcome(kind: str, case: Case, apply: Callable[[Any, Case], Any], contexts: bool) -> str:
+def outcome(kind: str, case: Case, apply: Method, contexts: bool) -> str:
     """How far calls are from full ones at most, as a share of the largest value; or what is raised."""
     expected = list(outputs(Trajectory(make_transformer(kind), kind, STEPS), case, False))
     pipe, ran = Trajectory(make_transformer(kind), kind, STEPS), []
-    last = getattr(pipe.transformer, "single_transformer_blocks", pipe.transformer.transformer_blocks)[-1]
-    attn = last.attn if hasattr(last, "attn") else last.attn1
-    attn.to_q.register_forward_hook(lambda *_: ran.append(True))
+    last = [module for name, module in pipe.transformer.named_modules() if name.endswith("to_q")][-1]
+    last.register_forward_hook(lambda *_: ran.append(True))
     try:
-        apply(pipe if apply is ours else pipe.transformer, case)
+        apply(pipe, case)
         found = list(outputs(pipe, case, contexts))
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         if "cache context" in str(error):
-            return f"raises without a context (with one: {outcome(kind, case, apply, True)})"
+            return f"raises (with a context: {outcome(kind, case, apply, True).removeprefix('raises ')})"
         return f"raises {type(error).__name__}"
     most = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
     if most > EXACT:
@@ -130,33 +136,23 @@ def outcome(kind: str, case: Case, apply: Callable[[Any, Case], Any], contexts: 
     return "exact" if len(ran) < len(found) else "caches nothing"
 
 
-def ours(pipe: Any, case: Case) -> None:
-    agentsd.apply_patch(pipe, ratio=0, cache_interval=3)
-
-
-def measured(kinds: Iterable[str], peers: dict[str, Callable[[Any, Case], Any]]) -> list[dict[str, str]]:
-    """A row for each transformer and case, with the outcome of each method."""
-    methods = {"agentsd": ours, **peers}
-    return [
-        {"model": kind, "case": name} | {who: outcome(kind, case, how, case.contexts) for who, how in methods.items()}
-        for kind in kinds
-        for name, case in cases(kind).items()
-    ]
-
-
 @dataclass
 class Options:
     """Which transformers."""
 
-    kinds: list[str] = option(list(KINDS), "tiny transformers (default: all)", nargs="+", choices=KINDS)
+    kinds: list[str] = option(list(KINDS), "default: all", nargs="+", choices=KINDS)
     out: Path = option(RESULTS / "exactness.json", "JSON file", type=Path)
 
 
 def main() -> None:
     options = parsed(Options, __doc__)
-    peers = PEERS | ({"cache-dit": cache_dit} if importlib.util.find_spec("cache_dit") else {})
-    settings = {"model": "tiny transformers", **asdict(options), "out": None}
-    result = {"kind": "exactness", **card("cpu"), "settings": settings, "rows": measured(options.kinds, peers)}
+    rows = [
+        {"model": kind, "case": name} | {who: outcome(kind, case, how, case.contexts) for who, how in METHODS.items()}
+        for kind in options.kinds
+        for name, case in cases(kind).items()
+    ]
+    settings = {"model": "tiny transformers", "kinds": options.kinds}
+    result = {"kind": "exactness", **card("cpu"), "settings": settings, "rows": rows}
     write_json(options.out, result)
     print_table(result, exactness_rows(result))
 

@@ -31,8 +31,10 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, SCHEDULERS, load_pipeline, random_inputs
 from card import card, write_json
-from methods import MODES, SLOW_TO_APPLY, Method, chosen, fitting
+from methods import chosen, fitting
+from modes import MODES, SLOW_TO_APPLY
 from options import errors_in_one_line, option, parsed, positive
+from peers import Method
 from profiling import by_operation, on_device
 from rich.progress import Progress
 from tables import latency_rows, print_table, profile_rows

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from architectures import ARCHITECTURES, denoiser, denoiser_inputs, load_pipeline
 from card import card, write_json
 from latency import RESULTS
-from methods import Method, chosen, fitting
+from methods import chosen, fitting
 from options import errors_in_one_line, option, parsed, positive
+from peers import Method
 from tables import operations_rows, print_table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

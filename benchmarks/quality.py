@@ -28,8 +28,9 @@ from accelerate.utils import parse_flag_from_env
 from architectures import SCHEDULERS, load_pipeline
 from card import card, write_json
 from latency import DTYPES
-from methods import LIMIT, Method, chosen, fitting
+from methods import LIMIT, chosen, fitting
 from options import errors_in_one_line, option, parsed
+from peers import Method
 from prompts import load_prompts
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tables import ABOVE, ERROR, print_table, quality_rows

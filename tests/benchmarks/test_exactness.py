@@ -22,10 +22,10 @@ def test_the_check_can_fail(rows):
     """With a ControlNet, one of diffusers adds its residuals twice; where nothing sets a context, another raises."""
     assert rows["plain"]["FirstBlockCache"] == rows["plain"]["MagCache"] == "exact"
     assert rows["ControlNet, groups"]["MagCache"].startswith("wrong by")
-    assert rows["image to image, two images"]["FirstBlockCache"].startswith("raises without a context")
+    assert rows["image to image, two images"]["FirstBlockCache"] == "raises (with a context: exact)"
 
 
 def test_what_caches_nothing_is_not_called_exact():
     from exactness import cases, outcome  # noqa: PLC0415
 
-    assert outcome("flux", cases("flux")["plain"], lambda net, case: None, False) == "caches nothing"
+    assert outcome("flux", cases("flux")["plain"], lambda pipe, case: None, False) == "caches nothing"

@@ -159,7 +159,8 @@ def test_operations_of_a_transformer_are_those_of_its_layers(tmp_path):
 
 @pytest.mark.parametrize("mode", ["channels-last", "compile", "reduce-overhead"])
 def test_modes_change_no_image_and_are_undone(mode, monkeypatch):
-    from methods import METHODS, MODES  # noqa: PLC0415
+    from methods import METHODS  # noqa: PLC0415
+    from modes import MODES  # noqa: PLC0415
 
     asked = []
     compile_ = lambda unet, **options: asked.append(options) or setattr(unet, "_compiled_call_impl", unet._call_impl)
@@ -178,7 +179,8 @@ def test_modes_change_no_image_and_are_undone(mode, monkeypatch):
 
 def test_cuda_graphs_are_for_what_is_agentsd_alone(monkeypatch):
     """Unpatched, too, which takes a patch that does nothing but record."""
-    from methods import METHODS, MODES  # noqa: PLC0415
+    from methods import METHODS  # noqa: PLC0415
+    from modes import MODES  # noqa: PLC0415
 
     asked = []
     monkeypatch.setattr(agentsd, "apply_patch", lambda pipe, **settings: asked.append(settings))
