@@ -35,7 +35,7 @@ def possible(attn: Any, counts: Counts) -> tuple[Counts, str]:
     fused = isinstance(own, FluxAttnProcessor) and attn.fused_projections
     if type(own) not in PROCESSORS or fused:
         why = f"{type(own).__name__} is no plain joint attention with projections of its own"
-    elif getattr(own, "_attention_backend", None) or getattr(own, "_parallel_config", None):
+    elif getattr(own, "_attention_backend", None) not in (None, "native") or getattr(own, "_parallel_config", None):
         why = "its attention has a back end of its own"
     elif name := keeper(attn):
         why = f"{name} may keep what it gives"
