@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from agentsd.hosts import host_of
+from agentsd.idle import idle
 from agentsd.models import SUPPORTED, controlnets_of, denoiser_of
 from agentsd.patch import Patch, patch_of
 from agentsd.settings import Settings
@@ -86,6 +87,8 @@ def apply_patch(
     if not chosen.acts and not chosen.reuses and not chosen.cuda_graphs:
         why = "ratio=0" if chosen.ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
+    else:
+        _name_idle(chosen, given)
     pipeline = model if hasattr(model, "scheduler") else None
     patch = Patch(net, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
     for other, alone in _controlnets(model, chosen).items():
@@ -97,6 +100,12 @@ def apply_patch(
         )
     patch.attach(net)
     return model
+
+
+def _name_idle(chosen: Settings, given: Mapping[str, Any]) -> None:
+    for why, names in idle(chosen, given).items():
+        listed = ", ".join(f"{name}={given[name]!r}" for name in names)
+        warnings.warn(f"agentsd: nothing comes of {listed}: {why}.", stacklevel=3)
 
 
 def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:

@@ -75,10 +75,11 @@ class Report:
         """For notebooks."""
         head, rows, rest = self._parts()
         cell = "<td style='text-align:left'>{}</td>".format
-        lines = ("".join(cell(escape(text)) for text in row) for row in rows)
+        columns = [column for column in zip(*rows, strict=True) if any(column)]
+        lines = ("".join(cell(escape(text)) for text in row) for row in zip(*columns, strict=True))
         table = "".join(f"<tr>{line}</tr>" for line in lines)
         before, after = ("".join(f"<p>{escape(text)}</p>" for text in texts) for texts in (head, rest))
-        return f"{before}<table>{table}</table>{after}"
+        return f"{before}<div style='overflow-x:auto'><table>{table}</table></div>{after}"
 
     def _parts(self) -> tuple[list[str], list[tuple[str, ...]], list[str]]:
         """What the user gets, the table of the patched blocks, and what is to be said of the others."""

@@ -85,8 +85,10 @@ class Tuning:
 def parse_target(text: str | None) -> tuple[str, float] | None:
     """``("x", 2.0)`` or ``("dB", 35.0)``."""
     found = re.fullmatch(r"\s*(?:p5\s*)?(?:>=\s*)?(\d+(?:\.\d+)?)\s*(x|dB)\s*", text) if text is not None else None
-    if text is not None and found is None:
-        raise ValueError(f"target={text!r} is not allowed: expected a speed-up ('2x'), a fidelity ('35 dB'), or None.")
+    if text is not None and (found is None or (found[2] == "x" and float(found[1]) < 1)):
+        raise ValueError(
+            f"target={text!r} is not allowed: expected a speed-up of 1 or more ('2x'), a fidelity ('35 dB'), or None."
+        )
     return (found[2], float(found[1])) if found is not None else None
 
 

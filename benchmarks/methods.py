@@ -217,10 +217,15 @@ def compiled(mode: str) -> Callable[[nn.Module], Undo]:
     return prepare
 
 
+def graphs_alone(pipe: Any) -> Undo:
+    agentsd.apply_patch(pipe, ratio=0, cuda_graphs=True)
+    return lambda: agentsd.remove_patch(pipe)
+
+
 def graphed(method: Method) -> Method | None:
     """The same with CUDA graphs of the patch's own; without one in it, under a patch that does nothing else."""
     if method.apply is unpatched:
-        return replace(method, apply=agent(ratio=0, cuda_graphs=True).apply)
+        return replace(method, apply=graphs_alone)
     if set(method.settings) != {"agentsd"}:
         return None
     return replace(method, apply=agent(**method.settings["agentsd"], cuda_graphs=True).apply)

@@ -1,6 +1,6 @@
 """All results as one page, and on demand every plot.
 
-python benchmarks/report.py                                # benchmarks/results/README.md, and its figures anew
+python benchmarks/report.py                                # benchmarks/results/README.md, and its pictures
 python benchmarks/report.py --html runs/report             # report.html and all plots as files, in runs/report
 python benchmarks/report.py --html runs/report --images runs/quality    # with before-and-after sliders
 """
@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from options import option, parsed
+from overview import overview
 from plots import plots
 from tables import Rows, markdown, profile_rows, rows_of, title
 
 RESULTS = Path(__file__).with_name("results")
 INTRODUCTION = """# Results
 
-Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. Speed is that
-of the real architectures with random weights, against PyTorch's fused attention, median of the ratios taken within a
-round, with their range; quality that of the demo model, whose 32x32 latents have 1,024 tokens. Operations and peak
-memory are counted: tensors of a call and features that it keeps, no weights and no workspace of kernels. The paper's
-own figures are in docs/measured.md. Nobody has measured yet, to our knowledge: FID of this implementation with trained
-Stable Diffusion weights.
+Speed is that of the real architectures with random weights, against PyTorch's fused attention; quality that of the
+[demo model](../../examples/demo_model/README.md). [What was measured](../../docs/measured.md) explains them, and has
+the paper's own figures and what nobody has measured yet.
 
-To add to it, run `benchmarks/latency.py`, `quality.py` or `operations.py`, copy the JSON file from `runs/results/` to
-this folder, and make the page anew. Other plots, and sliders over images, are made on demand and not kept:
-`python benchmarks/report.py --html runs/report`.
+Made by `python benchmarks/report.py` from the JSON files beside this page, which hold every raw figure. To add to it,
+run `benchmarks/latency.py`, `quality.py` or `operations.py`, copy the JSON file from `runs/results/` to this folder,
+and make the page anew. More plots, and sliders over images: `python benchmarks/report.py --html runs/report`.
 """
 PROFILE = "Where the time goes, in all calls together:"
 STYLE = """body{font:16px system-ui;max-width:1000px;margin:2em auto;padding:0 1em}
@@ -84,13 +82,16 @@ def sections(results: list[dict[str, Any]]) -> list[Section]:
     return found
 
 
-def page(results: list[dict[str, Any]], figures: list[str]) -> str:
-    parts = [INTRODUCTION.rstrip(), *(f"![{Path(name).stem}](plots/{name})" for name in figures)]
+def page(results: list[dict[str, Any]]) -> tuple[str, dict[str, str]]:
+    """The page as Markdown, its long tables folded away, and its pictures as SVG text, by name."""
+    answers, pictures = overview(results)
+    parts = [INTRODUCTION.rstrip(), *answers, "## Every run"]
     for section in sections(results):
-        parts += [f"## {section.heading}", *section.lines]
+        parts += [f"<details><summary>{html.escape(section.heading)}</summary>", *section.lines]
         for above, rows in section.tables:
             parts += [above] * bool(above) + [markdown(rows)]
-    return "\n\n".join(parts) + "\n"
+        parts.append("</details>")
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def report(drawn: dict[str, str], images: Path | None) -> str:
@@ -131,14 +132,16 @@ class Options:
 
 def main() -> None:
     options = parsed(Options, __doc__)
-    results, kept = load(options.results), sorted((options.results / "plots").glob("*.svg"))
-    drawn = plots(results)
-    for path in kept:
-        path.write_text(drawn[path.stem])
-    (options.results / "README.md").write_text(page(results, [path.name for path in kept]))
+    results = load(options.results)
+    text, pictures = page(results)
+    (options.results / "README.md").write_text(text)
+    (options.results / "plots").mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        (options.results / "plots" / f"{name}.svg").write_text(picture)
     print(f"-> {options.results / 'README.md'}")
     if options.html:
         options.html.mkdir(parents=True, exist_ok=True)
+        drawn = plots(results)
         for name, text in drawn.items():
             (options.html / f"{name}.svg").write_text(text)
         (options.html / "report.html").write_text(report(drawn, options.images))

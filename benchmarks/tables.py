@@ -11,6 +11,7 @@ from rich.table import Table
 Rows = list[tuple[str, ...]]
 ERROR = ", standard error"  # behind the name of a metric, in the JSON; in tables it stands beside the value
 ABOVE = " above unpatched"
+MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 # of a call on a GPU, in the mean: the host until it has asked for all, and what the profiler counted
 COUNTS = {"host_ms": "{:.1f}", "kernels": "{:,.0f}", "copies": "{:.1f}", "waits": "{:.1f}", "device_ms": "{:.1f}"}
 
@@ -94,6 +95,30 @@ def speedups(latency: dict[str, Any], steps: int) -> dict[str, float]:
         return latency["speedups"][str(steps)]
     rows = latency["rows"] if latency["settings"]["steps"] == steps else []
     return {row["method"]: row["speedup"] for row in rows if row["mode"] == rows[0]["mode"]}
+
+
+def device(result: dict[str, Any]) -> str:
+    hardware = result["hardware"]
+    return hardware.get("gpu") or f"{hardware['cores']} cores, {hardware['cpu'].replace('(R)', '')}"
+
+
+def case(result: dict[str, Any]) -> str:
+    model = result["settings"]["model"]
+    return f"{MODELS.get(model, model)}, {result['settings']['size']} px"
+
+
+def kind(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    return f"{settings['dtype']}, batch {settings['batch']}, {settings['steps']} steps"
+
+
+def place(result: dict[str, Any]) -> str:
+    """A timing in few words: where, of what, and how."""
+    return f"{device(result)}: {case(result)}, {kind(result)}"
+
+
+def shorter(method: str) -> str:
+    return method.replace(" (the paper's schedule)", ", the paper's").replace(" (the limit)", "")
 
 
 def title(result: dict[str, Any]) -> str:

@@ -88,11 +88,14 @@ def page(pipe: Any, defaults: Any) -> gr.Blocks:
         gr.Markdown("# agentsd\nThe same prompt and seed without (left) and with agentsd (right).")
         with gr.Row():
             with gr.Column(scale=2):
+                prompt = gr.Textbox(defaults.prompt, label="Prompt")
+                schedule = gr.Radio(["balanced", *OTHERS, PAPER], value="balanced", label="Schedule")
+                with gr.Group(visible=False) as of_paper:  # a preset has settings of its own
+                    ratio = gr.Slider(0, 0.9, 0.4, step=0.05, label="Ratio: share of the tokens to merge")
+                    share = "Agent steps: share of the steps under agent attention"
+                    agent_steps = gr.Slider(0, 1, 0.4, step=0.05, label=share)
                 inputs = [
-                    gr.Textbox(defaults.prompt, label="Prompt"),
-                    gr.Radio(["balanced", *OTHERS, PAPER], value="balanced", label="Schedule"),
-                    gr.Slider(0, 0.9, 0.4, step=0.05, label="Ratio: share of the tokens to merge"),
-                    gr.Slider(0, 1, 0.4, step=0.05, label="Agent steps: share of the steps under agent attention"),
+                    *(prompt, schedule, ratio, agent_steps),
                     gr.Slider(1, 100, defaults.steps, step=1, label="Denoising steps"),
                     gr.Slider(1, 15, defaults.guidance, step=0.5, label="Guidance"),
                     gr.Number(defaults.seed, precision=0, label="Seed"),
@@ -104,7 +107,7 @@ def page(pipe: Any, defaults: Any) -> gr.Blocks:
                     gr.Dataframe(headers=HEADINGS, label="Figures", interactive=False),
                     gr.HTML(label="What was patched"),
                 ]
-        gr.Markdown("Ratio and agent steps belong to the paper's schedule; a preset has settings of its own.")
+        schedule.change(lambda name: gr.Group(visible=name == PAPER), schedule, of_paper)
         button.click(Comparison(pipe), inputs, outputs, concurrency_limit=1)
     return blocks
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import agentsd
 from agentsd.cli.pipelines import default_device, precision
 
 EXAMPLES = Path(__file__).parent
@@ -22,7 +23,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(EXAMPLES / "demo_model"), help="model id or folder")
     parser.add_argument("--prompt", default="red apple on a blue background")
-    parser.add_argument("--ratio", type=float, default=0.4, help="share of the tokens to merge (default: 0.4)")
+    parser.add_argument("--preset", default="balanced", choices=agentsd.PRESETS, help="default: balanced")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: 4)")
     parser.add_argument("--seed", type=int, default=0)

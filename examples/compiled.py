@@ -1,4 +1,4 @@
-"""With torch.compile: one graph a phase, before or after the patch, and none is compiled anew from step to step.
+"""With torch.compile: one graph for full calls and one for cached ones, and none is compiled anew from step to step.
 
 python examples/compiled.py
 python examples/compiled.py --preset fast
@@ -11,12 +11,10 @@ from diffusers import AutoPipelineForText2Image
 
 import agentsd
 
-parser = arguments(__doc__)
-parser.add_argument("--preset", choices=agentsd.PRESETS, help="rather than the paper's schedule")
-args = parser.parse_args()
+args = arguments(__doc__).parse_args()
 pipe = load(AutoPipelineForText2Image, args)
 
-agentsd.apply_patch(pipe, seed=args.seed, **({"preset": args.preset} if args.preset else {"ratio": args.ratio}))
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed)
 pipe.unet.compile()  # in place: pipe.unet = torch.compile(pipe.unet) and compile_repeated_blocks() do as well
 for run in ("first, which compiles", "second"):
     start = time.perf_counter()

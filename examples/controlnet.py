@@ -1,4 +1,4 @@
-"""ControlNet, its own attention patched as well.
+"""ControlNet. With ``patch_controlnet=True`` and a ratio its own attention is patched as well.
 
 Without ``--controlnet`` it takes an untrained one, made from the model's own UNet, which does not guide anything yet.
 
@@ -24,6 +24,6 @@ else:
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32)).to(DTYPE)
 pipe = load(StableDiffusionControlNetPipeline, args, controlnet=controlnet)
 
-agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed, patch_controlnet=True)
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed)
 save(pipe(image=load_image(args.image), **call(args)).images[0], args)
 print(agentsd.report(pipe))

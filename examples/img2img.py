@@ -1,4 +1,4 @@
-"""Image to image. The phases are those of the whole schedule: what starts in its middle has fewer agent steps.
+"""Image to image. Full calls are placed in the steps that run, at the distance that the whole schedule has.
 
 python examples/img2img.py --strength 0.6 --prompt "green apple on a pink background"
 python examples/img2img.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --image sketch.png --prompt "a castle"
@@ -16,5 +16,5 @@ parser.add_argument("--strength", type=float, default=0.6, help="0 keeps the ima
 args = parser.parse_args()
 pipe = load(AutoPipelineForImage2Image, args)
 
-agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed)
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed)
 save(pipe(image=load_image(args.image), strength=args.strength, **call(args)).images[0], args)

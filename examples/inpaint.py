@@ -16,7 +16,7 @@ parser.add_argument("--mask", default=str(EXAMPLES / "images" / "mask.png"), hel
 args = parser.parse_args()
 pipe = load(AutoPipelineForInpainting, args)
 
-agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed)
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed)
 image, mask = load_image(args.image), load_image(args.mask)
 sides = {"height": image.height // 8 * 8, "width": image.width // 8 * 8}  # what the autoencoder can divide
 save(pipe(image=image, mask_image=mask, **sides, **call(args)).images[0], args)

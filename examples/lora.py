@@ -19,7 +19,7 @@ parser.add_argument("--scale", type=float, default=0.3, help="of the LoRA (defau
 args = parser.parse_args()
 pipe = load(AutoPipelineForText2Image, args)
 
-agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed)
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed)
 if args.lora:
     pipe.load_lora_weights(args.lora, adapter_name="lora")
 else:

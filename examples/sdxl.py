@@ -17,6 +17,6 @@ args = parser.parse_args()
 pipe = load(StableDiffusionXLPipeline, args) if args.model else small_sdxl()
 
 small = {} if args.model else {"min_tokens": 0}  # layers of fewer than 1,024 tokens are left alone by default
-agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed, **small)
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed, **small)
 save(pipe(**call(args)).images[0], args)
 print(agentsd.report(pipe))

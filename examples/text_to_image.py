@@ -12,6 +12,6 @@ import agentsd
 args = arguments(__doc__).parse_args()
 pipe = load(AutoPipelineForText2Image, args)
 
-agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed)
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed)
 save(pipe(**call(args)).images[0], args)
 print(agentsd.report(pipe))

@@ -1,6 +1,6 @@
 """Together with DeepCache, which skips deep layers while agentsd makes the others cheaper.
 
-agentsd has feature reuse of its own, which needs no second package: ``apply_patch(pipe, cache_interval=3)``.
+agentsd has feature reuse of its own, which needs no second package: ``apply_patch(pipe, preset="balanced")``.
 
     python examples/with_deepcache.py
     python examples/with_deepcache.py --interval 5
@@ -14,10 +14,11 @@ import agentsd
 
 parser = arguments(__doc__)
 parser.add_argument("--interval", type=int, default=3, help="one full UNet call in so many (default: 3)")
+parser.set_defaults(preset="few_steps")  # the one that reuses no features itself
 args = parser.parse_args()
 pipe = load(AutoPipelineForText2Image, args)
 
-agentsd.apply_patch(pipe, ratio=args.ratio, seed=args.seed)
+agentsd.apply_patch(pipe, preset=args.preset, seed=args.seed)
 helper = DeepCacheSDHelper(pipe=pipe)
 helper.set_params(cache_interval=args.interval, cache_branch_id=0)
 helper.enable()

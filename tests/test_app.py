@@ -94,6 +94,16 @@ def test_wrong_input_is_said_in_the_page(address, browser_page):
     assert not page.get_by_text("Traceback").count()
 
 
+def test_what_belongs_to_the_papers_schedule_is_shown_with_it(address, browser_page):
+    page = browser_page
+    page.goto(address)
+    ratio = page.get_by_text("Ratio: share of the tokens to merge")
+    page.get_by_label("balanced").wait_for()
+    assert not ratio.is_visible()
+    page.get_by_label("paper's schedule").check()
+    ratio.wait_for(timeout=60_000)
+
+
 def test_it_listens_on_this_computer_alone(address):
     with socket.socket() as probe, pytest.raises(OSError):
         probe.bind(("127.0.0.1", int(address.rsplit(":", 1)[1])))  # taken there

@@ -16,7 +16,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 
 import agentsd
-from agentsd.cli import COMMANDS, main, parser, pictures
+from agentsd.cli import COMMANDS, compare, main, parser, pictures
+from agentsd.cli.options import CommandError, writing
 from agentsd.cli.pipelines import demo_model
 from agentsd.trials import Trial
 
@@ -115,6 +116,16 @@ def test_two_processes_divide_the_prompts_and_one_is_killed(undisturbed, prompts
     assert contents(tmp_path) == undisturbed
 
 
+def test_prompts_of_any_alphabet_and_a_mark_before_them(tmp_path):
+    """Some editors put a mark before the first letter, and some end lines as typewriters do."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_bytes("\ufeff林檎 苹果\r\ncafé\r\n".encode())
+    arguments = ["generate", "--steps", 1, "--device", "cpu", "--preset", "none"]
+    assert run(*arguments, "--prompts", prompts, "--seed", 2**63 - 1, "--out", out) == 0
+    made = [json.loads(Image.open(path).text[pictures.KEY]) for path in sorted(out.glob("*.png"))]
+    assert [(one["prompt"], one["seed"]) for one in made] == [("林檎 苹果", 2**63 - 1), ("café", 2**63)]
+
+
 def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -142,6 +153,21 @@ def test_an_unpatched_image_is_that_of_diffusers(tmp_path):
     generator = torch.Generator().manual_seed(5)
     image = pipe(PROMPTS[0], num_inference_steps=3, guidance_scale=4.0, generator=generator).images[0]
     assert ImageChops.difference(Image.open(tmp_path / "00000.png"), image).getbbox() is None
+
+
+def test_what_drew_nothing_leaves_a_folder_as_it_was(tmp_path, capsys):
+    arguments = ["generate", "--device", "cpu", "--preset", "none", "--prompt", PROMPTS[0], "--out", tmp_path]
+    assert run(*arguments, "--steps", 2000) == 2  # than the scheduler has
+    assert "2000" in capsys.readouterr().err
+    assert run(*arguments, "--steps", 1) == 0
+
+
+def test_a_comparison_says_which_images_are_equal():
+    black, gray, white = (Image.new("RGB", (8, 8), colour) for colour in ("black", "gray", "white"))
+    said = lambda *patched: compare.Comparison([black] * len(patched), list(patched), 2.0, 1.0).line(5)
+    assert said(black, black).endswith("speed-up 2.00x, 2 equal to unpatched")
+    assert said(white, black, gray).endswith("PSNR to unpatched 3.0 dB (worst 0.0), 1 equal to unpatched")
+    assert said(white).endswith("PSNR to unpatched 0.0 dB (worst 0.0)")
 
 
 def test_compare(tmp_path, capsys):
@@ -214,10 +240,17 @@ def test_bench_hands_on(capfd):
         (["generate", "--prompt", "a", "--set", "ratoi=0.3"], "did you mean ratio?"),
         (["generate", "--prompt", "a", "--set", "ratio"], "expected NAME=VALUE"),
         (["generate", "--prompt", "a", "--steps", "0"], "'0' is not allowed"),
+        (["generate", "--prompt", "a", "--seed", str(2**63)], f"expected a whole number, 0 to {2**63 - 1}"),
+        (["generate", "--prompt", "a", "--guidance", "nan"], "'nan' is not allowed: expected a number"),
+        (["generate", "--prompt", "a", "--out", __file__], "File exists"),
+        (["generate", "--prompt", "a", "--out", "/proc/nowhere"], "/proc/nowhere"),
         (["generate", "--prompts", "no.txt"], "no.txt"),
+        (["generate", "--prompts", os.devnull], "it has no prompt"),
+        (["generate", "--prompts", __file__ + "/x"], "Not a directory"),
         (["generate", "--prompt", "a", "--model", "no/such/model"], "no/such/model"),
         (["compare", "--preset", "none"], "nothing to compare"),
         (["tune", "--target", "fast"], "expected a speed-up"),
+        (["tune", "--target", "0.5x"], "expected a speed-up of 1 or more"),
         (["compare", "--out", "no/such/folder/out.png"], "no/such/folder"),
         (["report", "--device", "nothing"], "nothing"),
         (["nothing"], "invalid choice"),
@@ -241,6 +274,16 @@ def test_without_the_repository_it_says_where_the_demo_is(monkeypatch, tmp_path,
     assert "not here: it comes with the repository" in capsys.readouterr().out
 
 
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch, capsys):
+    """Root may write everywhere, so that the system is only asked."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert run("compare", "--model", "nothing-here", "--out", tmp_path / "picture.png") == 2
+    assert "permission denied" in capsys.readouterr().err
+    monkeypatch.undo()
+    with pytest.raises(CommandError, match="No such file"), writing(tmp_path / "nowhere" / "x.png"):
+        (tmp_path / "nowhere" / "x.png").touch()
+
+
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
 def test_help_has_examples_that_parse(module, capsys):
     name = module.__name__.rpartition(".")[2]
@@ -257,7 +300,8 @@ def test_options_may_be_repeated(capsys):
     assert (settings["cache_interval"], settings["cache_cell"]) == (4, 3)
 
 
-@pytest.mark.parametrize("out", ["picture", "picture.xyz", "nowhere/picture.png"])
+@pytest.mark.parametrize("out", ["picture", "picture.xyz", "nowhere/picture.png", "folder.png"])
 def test_where_the_picture_goes_is_looked_at_before_anything_is_drawn(out, tmp_path, capsys):
+    (tmp_path / "folder.png").mkdir()
     assert run("compare", "--model", "nothing-here", "--out", tmp_path / out) == 2
     assert "--out" in capsys.readouterr().err

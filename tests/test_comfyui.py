@@ -247,7 +247,7 @@ def test_a_cached_call_with_nothing_sampled_is_a_full_one_where_nothing_moves(no
         assert torch.allclose(patched.call(noise(), sigma, SIGMAS), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "quality", "fast", "few_steps", "paper"])
+@pytest.mark.parametrize("preset", [*agentsd.PRESETS, "paper"])
 def test_images_are_near_and_the_model_is_left_alone(node, model, preset):
     plain = sample(model, noise())
     (patched,) = node.patch(model, preset, 0.4)
@@ -256,6 +256,20 @@ def test_images_are_near_and_the_model_is_left_alone(node, model, preset):
     assert (near - plain).abs().mean() < 0.1 * plain.abs().mean()
     assert torch.equal(sample(patched, noise()), near)  # the next image begins anew
     assert torch.equal(sample(model, noise()), plain) and model.model_options == NO_PATCH
+
+
+def test_errors_decide_under_adaptive(node, model):
+    """Nothing moves: the gaps between full calls double. Nothing is good enough: every second call is full."""
+    (patched,) = node.patch(model, "adaptive", 0.4)
+    wrapper = patched.model_options["model_function_wrapper"]
+    assert wrapper.settings == agentsd.Settings.of("adaptive", {})
+    moving = full_ones(model, calls_of(patched))
+    model.model.diffusion_model.still = True
+    still = full_ones(model, calls_of(patched))
+    wrapper.settings = agentsd.Settings.of("adaptive", {"cache_tolerance": 1e-9})
+    strict = full_ones(model, calls_of(patched))
+    assert still[:2] == moving[:2] == (True, True) and still[STEPS - 2] and moving[STEPS - 2]
+    assert sum(still) < sum(moving) <= sum(strict) == STEPS // 2 + 1
 
 
 def test_two_prompts_in_turn_are_each_as_alone(node, model):

@@ -1,14 +1,18 @@
 """Arguments are validated, and counted, before anything is patched."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_unet
 from hypothesis import given
 from hypothesis import strategies as st
 
 import agentsd
+from agentsd.apply import apply_patch
+from agentsd.idle import idle
 from agentsd.schedule import Counts, Phase
 from agentsd.settings import Settings
 
@@ -63,6 +67,57 @@ def test_wrong_values(arguments, allowed):
 def test_wrong_types(arguments):
     with pytest.raises(TypeError, match="is not allowed: expected"):
         agentsd.apply_patch(make_unet(), **arguments)
+
+
+IDLE = [
+    ({"ratio": 0, "cache_interval": 3, "seed": 0}, "seed=0: with ratio=0 no attention is patched"),
+    ({"ratio": 0, "cuda_graphs": True, "max_downsample": 2}, "max_downsample=2: with ratio=0"),
+    ({"merge_attn": False, "cache_interval": 3, "sx": 3}, "sx=3: with merge_attn, .* all False no attention"),
+    ({"preset": "balanced", "agent_sx": 3, "sx": 3}, "agent_sx=3, sx=3: with ratio=0 no token is merged"),
+    ({"preset": "balanced", "merge_mlp": True}, "merge_mlp=True: with ratio=0"),
+    ({"preset": "balanced", "ratio": 0.3, "merge_attn": False}, "ratio=0.3: .* all False no token is merged"),
+    ({"agent_steps": 0, "agent_sx": 3, "k_scale2": 1}, "agent_sx=3, k_scale2=1: with agent_steps=0"),
+    ({"preset": "fast", "k_shortcut": 0}, "k_shortcut=0: with agent_steps=0"),
+    ({"agent_steps": 1, "sx": 3}, "sx=3: with agent_steps=1"),
+    ({"merge_attn": False, "merge_mlp": True, "agent_ratio": 0.5}, "agent_ratio=0.5: with merge_attn=False"),
+    ({"use_rand": False, "seed": 3}, "seed=3: with use_rand=False"),
+    ({"cache_order": 1, "cache_branch": 1}, "cache_order=1, cache_branch=1: with cache_interval=1"),
+    ({"preset": "few_steps", "agent_steps": 0, "agent_sx": 2}, "agent_sx=2: with agent_steps=0"),
+]
+
+
+@pytest.mark.parametrize("arguments, named", IDLE, ids=str)
+def test_what_does_nothing_is_named(arguments, named):
+    with pytest.warns(UserWarning, match=f"^agentsd: nothing comes of .*{named}") as said:
+        apply_patch(make_unet(), **arguments)
+    assert len(said) == 1 and said[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", [None, *agentsd.PRESETS])
+def test_presets_and_defaults_have_nothing_idle(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_patch(make_unet(), preset=name, seed=0)
+        apply_patch(make_unet(), preset=name, use_rand=False, min_tokens=8)
+        apply_patch(make_unet(), **(agentsd.PRESETS[name] if name else {}))  # spelled out, too
+        apply_patch(make_unet(), ratio=0, cache_interval=3, cache_order=1)
+
+
+def test_what_is_idle_changes_no_image():
+    """What the warnings say, drawn: the outputs are those without the settings that they name."""
+    unet = make_unet()
+    inputs = torch.randn(2, 4, 16, 16), 500, torch.randn(2, 5, 16)
+    for arguments, _ in IDLE:
+        outputs = []
+        settings = Settings.of(arguments.get("preset"), {k: v for k, v in arguments.items() if k != "preset"})
+        unused = [name for names in idle(settings, arguments.keys() - {"preset"}).values() for name in names]
+        for chosen in (arguments, {k: v for k, v in arguments.items() if k not in unused}):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                agentsd.apply_patch(unet, **chosen, **({} if "seed" in arguments else {"seed": 0}))
+                with torch.no_grad():
+                    outputs.append([unet(*inputs).sample for _ in range(3)])
+        assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True)), arguments
 
 
 def test_numpy_numbers_are_numbers():

@@ -4,7 +4,9 @@ import copy
 import functools
 import re
 import shlex
+import sys
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
@@ -24,6 +26,7 @@ DEMO = ROOT / "examples" / "demo_model"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 NEEDS = {"DeepCache": "DeepCache", "tomesd": "tomesd", "agentsd.vision": "timm", "load_lora": "peft"}
 STEPS = 4
+MODULAR = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40)  # they change from one to the next
 
 
 def blocks(page, language: str) -> list[str]:
@@ -50,6 +53,11 @@ def here(tmp_path, monkeypatch, demo):
     (tmp_path / "images").mkdir()
     for cls in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusion3Pipeline):
         monkeypatch.setattr(cls, "__call__", in_few_steps(cls.__call__))
+    if MODULAR:
+        modular = diffusers.StableDiffusionXLModularPipeline
+        monkeypatch.setattr(modular, "__call__", in_few_steps(modular.__call__))
+        monkeypatch.setattr(modular, "load_components", lambda pipe, **_: None)
+        monkeypatch.setattr(diffusers.ModularPipeline, "from_pretrained", lambda name: small_modular_sdxl())
     load = DiffusionPipeline.from_pretrained
     of_hub = lambda name, **options: (StableDiffusionPipeline if "/" in name else load).from_pretrained(
         DEMO, **options
@@ -60,6 +68,16 @@ def here(tmp_path, monkeypatch, demo):
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     yield tmp_path
     torch.compiler.reset()
+
+
+def small_modular_sdxl():
+    sys.path.insert(0, str(ROOT / "examples"))
+    from common import small_sdxl  # noqa: PLC0415
+
+    pipe = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
+    parts = small_sdxl().components
+    pipe.update_components(**{name: part for name, part in parts.items() if part is not None})
+    return pipe
 
 
 def in_few_steps(call):
@@ -79,8 +97,32 @@ def test_python(page, here, demo, request):
     prepare(page, here, demo)
     names = {"agentsd": agentsd, "prompt": "red apple on a blue background"}
     for block in blocks(page, "python"):
+        if "ModularPipeline" in block and not MODULAR:
+            continue
         names["pipe"] = copy.deepcopy(demo)  # each finds a pipeline that nothing has been done to
         exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("card", ["demo_model", "demo_model_sd3"])
+def test_the_demo_models_in_half_precision(card, dtype):
+    """As they are stored, and as a GPU runs them: the snippets of their cards, but for the type."""
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if card.endswith("sd3") else {}
+    pipe = DiffusionPipeline.from_pretrained(DEMO.with_name(card), **absent).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    draw = lambda: (
+        pipe(
+            "red apple on a blue background",
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).images
+    )
+    plain = draw()
+    agentsd.apply_patch(pipe, preset="balanced", seed=0)
+    assert (draw() - plain).abs().mean() < 0.1
+    agentsd.remove_patch(pipe)
+    assert torch.equal(draw(), plain)
 
 
 def prepare(page, folder, demo) -> None:

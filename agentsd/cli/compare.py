@@ -67,11 +67,12 @@ class Comparison:
     def line(self, steps: int) -> str:
         psnr = self.fidelities
         size = "x".join(map(str, self.plain[0].size))
-        mean = statistics.mean(min(value, 100.0) for value in psnr)
+        unlike = [value for value in psnr if math.isfinite(value)]
+        equal = f"{len(psnr) - len(unlike)} equal to unpatched" if len(unlike) < len(psnr) else ""
+        near = f"PSNR to unpatched {statistics.mean(unlike):.1f} dB (worst {min(unlike):.1f})" if unlike else ""
         return (
             f"{len(psnr)} images of {size}, {steps} steps: unpatched {self.plain_seconds:.1f} s, agentsd "
-            f"{self.patched_seconds:.1f} s, speed-up {self.speed_up:.2f}x, PSNR to unpatched {mean:.1f} dB "
-            f"(worst {min(psnr):.1f})"
+            f"{self.patched_seconds:.1f} s, speed-up {self.speed_up:.2f}x, {', '.join(filter(None, (near, equal)))}"
         )
 
     def picture(self, prompts: list[str]) -> Image.Image:
@@ -115,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = args.prompt or PROMPTS
     pipe = pipelines.load(args)
     found = compare(pipe, prompts, args.seed, pipelines.call(args), patch)
-    found.picture(prompts).save(args.out)
+    with options.writing(args.out):
+        found.picture(prompts).save(args.out)
     if args.json:
         told = {"unpatched_seconds": found.plain_seconds, "agentsd_seconds": found.patched_seconds}
         psnr = [value if math.isfinite(value) else None for value in found.fidelities]

@@ -97,7 +97,8 @@ def _draw_all(args: argparse.Namespace, patch: Any, work: Work, todo: list[range
             images = dict(zip(indices, pipelines.draw(pipe, prompts, seeds, arguments), strict=True))
             for i in lacking:
                 own = {"prompt": work.prompts[i], "seed": work.seed + i, "in_batch": [indices.start, indices.stop]}
-                pictures.save(images[i], work.path(i), own | shared)
+                with options.writing(work.path(i)):
+                    pictures.save(images[i], work.path(i), own | shared)
                 bar.update()
 
 
@@ -118,12 +119,14 @@ def record(work: Work, identity: dict[str, Any], process: int) -> None:
     path, part = work.out / RECORD, work.out / f"{RECORD}.{process}"
     try:
         work.out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not path.exists() or not any(work.out.glob("*.png")):  # what was recorded has drawn nothing
             part.write_text(json.dumps(identity, indent=2))
             part.replace(path)
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--out {work.out}: {error}") from None
+    except OSError as error:
+        raise CommandError(f"--out {work.out}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"--out {path}: {error}") from None
     unlike = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
     if unlike:
         raise CommandError(f"--out {work.out}: its images have other {', '.join(unlike)}; give another folder")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import agentsd
+from agentsd.idle import idle
 
 UNPATCHED, PAPER = "none", "paper"  # beside the presets
 
@@ -55,24 +59,37 @@ def add_patch(parser: argparse.ArgumentParser) -> None:
 
 
 def require_folder(path: Path) -> None:
-    """That there is a folder for what is to be written.
+    """Before anything is drawn, that there is a folder for what is to be written, and that it may be.
 
     Raises:
-        CommandError: there is none.
+        CommandError: it may not.
     """
     if not path.parent.is_dir():
         raise CommandError(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise CommandError(f"--out {path}: it is a folder; give a name in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CommandError(f"--out {path}: permission denied")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written is what the user can mend."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"--out {path}: {error.strerror or error}") from None
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("image")
     group.add_argument("--steps", type=at_least(1), default=25, help="denoising steps (default: 25)")
-    group.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's own)")
+    group.add_argument("--guidance", type=finite, help="guidance scale (default: the pipeline's own)")
     group.add_argument("--negative-prompt", help="what is not to be seen")
     group.add_argument("--height", type=at_least(8), help="pixels (default: the model's own)")
     group.add_argument("--width", type=at_least(8), help="pixels (default: the model's own)")
     group.add_argument(
-        "--seed", type=at_least(0), default=0, help="of the first image; the next has the next (default: 0)"
+        "--seed", type=at_least(0, 2**63 - 1), default=0, help="of the first image; the next has the next (default: 0)"
     )
 
 
@@ -91,7 +108,7 @@ def prompts_of(args: argparse.Namespace) -> list[str] | None:
     if args.prompts is None:
         return args.prompt  # type: ignore[no-any-return]
     try:
-        lines = args.prompts.read_text().splitlines()
+        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()  # some editors begin with a mark
     except (OSError, ValueError) as error:
         raise CommandError(f"--prompts {args.prompts}: {error}") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -104,17 +121,28 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 
-def at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
     def whole(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: expected a whole number, {least} or more")
+        if number < least or (most is not None and number > most):
+            limits = f"{least} or more" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed: expected a whole number, {limits}")
         return number
 
     return whole
+
+
+def finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: expected a number")
+    return number
 
 
 def patch_of(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -142,9 +170,11 @@ def patch_of(args: argparse.Namespace) -> dict[str, Any] | None:
         settings["preset"] = name
     settings |= given
     try:
-        agentsd.Settings.of(settings.get("preset"), {k: v for k, v in settings.items() if k != "preset"})
+        chosen = agentsd.Settings.of(settings.get("preset"), {k: v for k, v in settings.items() if k != "preset"})
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from None
+    if "seed" not in given and idle(chosen, settings.keys() & {"seed"}):
+        del settings["seed"]  # nobody asked for it
     return settings
 
 

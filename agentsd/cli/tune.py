@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from None
     if found.settings is not None:
-        found.save(args.out)
+        with options.writing(args.out):
+            found.save(args.out)
     saved = str(args.out) if found.settings is not None else None
     print(json.dumps(found.to_dict() | {"file": saved}) if args.json else found)
     if saved and not args.json:

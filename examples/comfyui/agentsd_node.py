@@ -19,17 +19,15 @@ from torch import Tensor, nn
 
 from agentsd import PRESETS, Settings
 from agentsd.attention import agent_attention
+from agentsd.control import Controller, Table
 from agentsd.features import Lane
 from agentsd.matching import Matching, bipartite_soft_matching, partitions
 from agentsd.merge import merge, unmerge
 from agentsd.planner import generator
-from agentsd.schedule import Moment, Phase, full_calls
+from agentsd.schedule import Moment, Phase
 from agentsd.wrapping import Wrap, wrap
 
 PAPER = "paper"
-PRESET_NAMES = [
-    name for name, given in PRESETS.items() if not given.get("cache_tolerance")
-]  # errors decide nothing here
 Grid = tuple[int, int]
 
 
@@ -62,10 +60,11 @@ class Call:
 
 @dataclass
 class Trajectory:
-    """The calls of one prompt and shape, from noise to image."""
+    """The calls of one prompt and shape, from noise to image, and which of them are full."""
 
     sigmas: list[float]
     lane: Lane
+    pace: Table | Controller
     step: int = -1
     several: bool = False  # calls of a step that cannot be told apart: none of them is cached
 
@@ -119,15 +118,21 @@ class AgentSD:
         if at is None or at.sigmas != sigmas or not at.step <= step <= at.step + 1:
             if step == 0:  # a new image: what is left of others goes
                 self.trajectories = {k: t for k, t in self.trajectories.items() if t.sigmas == sigmas and t.step <= 0}
-            at = self.trajectories[key] = Trajectory(sigmas, Lane(self.settings.cache_order))
+            at = self.trajectories[key] = self._trajectory(sigmas, step)
         at.several |= step == at.step
         at.step = step
         at.lane.begin()
         if at.several:
             return Call(phase, step)
         last = len(unet.output_blocks) - 1
-        cached = at.lane.latest is not None and not full_calls(steps, self.settings)[step]
+        full = at.pace.full(step, [at.lane.error] if at.lane.error is not None else [])
+        cached = at.lane.latest is not None and not full
         return Call(self.settings.cached or phase if cached else phase, step, at.lane, cached, last)
+
+    def _trajectory(self, sigmas: list[float], begin: int) -> Trajectory:
+        by_error = self.settings.cache_tolerance > 0
+        pace = (Controller if by_error else Table)(self.settings, len(sigmas) - 1, begin)
+        return Trajectory(sigmas, Lane(self.settings.cache_order, measures=by_error), pace)
 
     def output_block(self, h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What the last output block gets from below: remembered in a full call, given in a cached one."""
@@ -232,7 +237,7 @@ class AgentSDPatch:
         return {
             "required": {
                 "model": ("MODEL",),
-                "preset": (sorted([*PRESET_NAMES, PAPER], key="balanced".__ne__),),
+                "preset": (sorted([*PRESETS, PAPER], key="balanced".__ne__),),
                 "ratio": ("FLOAT", ratio),
             }
         }

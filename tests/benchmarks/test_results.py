@@ -63,31 +63,35 @@ def report(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_page_holds_every_method_and_no_plot_that_nobody_kept(report):
-    assert all(method in (report / "README.md").read_text() for method in NAMES)
+def test_the_page_holds_every_method_and_its_pictures(report):
+    text = (report / "README.md").read_text()
+    assert all(method in text for method in NAMES)
+    assert {path.stem for path in (report / "plots").iterdir()} == {"fidelity", "images"}
+    assert text.count("](plots/") == 2 and "## How fast" not in text  # no preset was timed beside balanced
+    assert text.count("<details>") == text.count("</details>") == 2
     assert "<h3>agentsd-fast</h3>" in (report / "html" / "report.html").read_text()
     # a front for each metric, and the distribution
     assert len(list((report / "html").glob("*.svg"))) == 3
-    assert not list(report.glob("plots/*")) and "plots/" not in (report / "README.md").read_text()
-
-
-def test_plots_that_are_kept_are_drawn_anew(report):
-    (drawn,) = (report / "html").glob("distribution*.svg")
-    kept = report / "plots" / drawn.name
-    kept.parent.mkdir()
-    kept.write_text("old")
-    assert run("report.py", "--results", report).returncode == 0
-    assert kept.read_text() == drawn.read_text()
-    assert f"plots/{drawn.name}" in (report / "README.md").read_text()
-    kept.unlink()
-    kept.parent.rmdir()
 
 
 def test_the_committed_page_is_that_of_the_results():
     from report import RESULTS, load, page  # noqa: PLC0415
 
-    figures = sorted(path.name for path in (RESULTS / "plots").glob("*.svg"))
-    assert (RESULTS / "README.md").read_text() == page(load(RESULTS), figures)
+    text, pictures = page(load(RESULTS))
+    assert (RESULTS / "README.md").read_text() == text
+    assert {path.stem for path in (RESULTS / "plots").iterdir()} == set(pictures)
+
+
+def test_timings_of_a_card_are_a_table():
+    from overview import how_fast  # noqa: PLC0415
+
+    names = ("unpatched", "DeepCache N=3", "agentsd balanced")
+    cards = [latency_result(size, names=names, gpu="H100") for size in (512, 1024)]
+    other = latency_result(names=names)
+    text, pictures = how_fast([*cards, other, latency_result()])
+    assert "H100, float32, batch 2, 50 steps:\n" in text and "2 cores, A, float32, batch 2, 50 steps:\n" in text
+    assert text.count("| SD 1.5, 512 px | 512.0 | 3.00x | 2.00x |  |  |") == 2
+    assert list(pictures) == ["speed"] and not how_fast([other])[1]  # drawn of GPUs alone
 
 
 def test_the_report_in_a_browser(report, browser_page, tmp_path):
