@@ -111,6 +111,7 @@ def runner(pipe, **arguments) -> Run:
         output = pipe(**wanted | arguments | changes, generator=generator)
         return torch.as_tensor(getattr(output, "images", getattr(output, "frames", None)))
 
+    run.arguments = wanted | arguments
     return run
 
 
