@@ -46,16 +46,19 @@ class Controller:
     """The next full call comes the sooner, the further the estimate was off at the last one.
 
     At a full call the true features come to stand beside their estimate. An error r after a gap of g calls makes the
-    next gap g (tolerance / r) ** 0.5, since a line is off by the square of the distance. The tolerance falls along the
-    trajectory, because what is wrong early is mended later (benchmarks/NOTES.md). The first two calls and the last but
-    one are full in any case, as in a table with ``cache_order=1``.
+    next gap g (tolerance / r) ** (1 / (order + 1)): features that are held are off by the distance, a line is by its
+    square. The tolerance falls along the trajectory, because what is wrong early is mended later
+    (benchmarks/NOTES.md). The first two calls and the last but one are full in any case, as in a table with
+    ``cache_order=1``.
 
     Args:
         calls: of the whole schedule; None where nobody says.
         begin: the place in it of the first call that is made.
+        order: of the extrapolation, 0 or 1.
     """
 
-    def __init__(self, settings: Tolerance, calls: int | None, begin: int) -> None:
+    def __init__(self, settings: Tolerance, calls: int | None, begin: int, order: int = 1) -> None:
+        self._order = order
         self._tolerance, self._calls, self._begin = settings.cache_tolerance, calls, begin
         self._first = max(SHORTEST, (interval_of(settings.cache_interval, calls) + 1) // 2)
         self._left = most_full(calls - begin, settings) if calls is not None else None
@@ -89,12 +92,12 @@ class Controller:
             ahead, free = self._calls - 2 - self._latest, self._left - 1  # the last but one is spoken for
             least = max(least, -(-ahead // (free + 1)))
             most = max(most, least, self._calls // 5)
-        values = [error.value for error in errors] if self._latest - self._begin > 1 else []
+        values = [error.value for error in errors] if self._latest - self._begin > self._order else []
         if not values:
             return max(self._first, least)
         share = self._latest / self._calls if self._calls is not None else 0.5
         tolerance = self._tolerance * (LOOSE - (LOOSE - TIGHT) * share)
         worst = max(values) if all(map(math.isfinite, values)) else math.inf  # where half precision overflows
-        change = (tolerance / max(worst, 1e-9)) ** 0.5
+        change = (tolerance / max(worst, 1e-9)) ** (1 / (self._order + 1))
         gap = self._gap * min(max(change, SHRINK), GROW)
         return min(max(int(gap + 0.5), least), most)

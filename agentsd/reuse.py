@@ -34,6 +34,7 @@ class Reuse:
         self.settings = settings
         self.middle = middle
         self._now = now
+        self._order = settings.cache_order if middle.lines else 0
         self._net: Weakly[nn.Module] = Weakly(None)
         self._full = 0  # calls in a row
         self._warned = False
@@ -65,8 +66,7 @@ class Reuse:
                 "each follows. Give their samples in fewer, larger calls"
             )
         track.step_to(moment.call)
-        order = self.settings.cache_order if self.middle.lines else 0
-        lane = track.lane(Condition.of(inputs), order, self.settings.cache_tolerance > 0)
+        lane = track.lane(Condition.of(inputs), self._order, self.settings.cache_tolerance > 0)
         lane.begin()
         planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
@@ -88,7 +88,9 @@ class Reuse:
             if track.schedule == moment.schedule and track.follows(moment):
                 return track
         begin = moment.call if moment.calls is not None else 0
-        pace = (Controller if self.settings.cache_tolerance else Table)(self.settings, moment.calls, begin)
+        pace: Table | Controller = Table(self.settings, moment.calls, begin)
+        if self.settings.cache_tolerance:
+            pace = Controller(self.settings, moment.calls, begin, self._order)
         new = Track(moment.schedule, pace, moment.calls, moment.call, read_by=self._reader())
         others = [track for track in tracks if track.schedule != moment.schedule and not track.ended]
         tracks[:] = [*others[1 - MOST_TRACKS :], new]

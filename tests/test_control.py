@@ -59,6 +59,21 @@ def test_more_error_means_more_full_calls_and_late_errors_count_more():
     assert max(gaps[2:6]) > gaps[-2]
 
 
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("distance", [3, 5, 8])
+def test_a_gap_becomes_what_the_tolerance_allows(order, distance, monkeypatch):
+    """Where errors grow as the distance to the power of order + 1, as those of a polynomial do, at once."""
+    monkeypatch.setattr("agentsd.control.TIGHT", 1.0)
+    monkeypatch.setattr("agentsd.control.LOOSE", 1.0)
+    controller, places, error = Controller(settings(), 100, 0, order), [], None
+    for call in range(98):
+        if controller.full(call, [Error(error)] if error is not None else []):
+            gap = call - places[-1] if places else 1
+            places, error = [*places, call], 0.3 * (gap / distance) ** (order + 1)
+    gaps = [b - a for a, b in pairwise(places)]
+    assert set(gaps[4:-1]) == {distance}
+
+
 def test_the_worst_call_of_a_step_decides_and_all_of_them_agree():
     both = full_calls(Controller(settings(), 50, 0), 50, lambda _: [0.01, 0.6])
     assert both == full_calls(Controller(settings(), 50, 0), 50, lambda _: [0.6])
