@@ -75,7 +75,8 @@ class Reuse:
         shapes = lane.shapes if lane.shapes else dict.fromkeys((*self.middle.unread, self.middle.last))
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
-        return Call(cached, features=features, lane=lane, shapes=shapes, writes=inputs.writes)
+        begins = lane.calls == 0 and len(track.lanes) == 1  # guidance may make another call in the same step
+        return Call(cached, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes)
 
     def after_call(self, call: Call) -> None:
         if not call.cached and call.features is not None and call.lane is not None:
