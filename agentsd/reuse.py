@@ -89,7 +89,7 @@ class Reuse:
             if track.schedule == moment.schedule and track.follows(moment):
                 return track
         begin = moment.call if moment.calls is not None else 0
-        pace: Table | Controller = Table(self.settings, moment.calls, begin)
+        pace: Table | Controller = Table(self.settings, moment.calls, begin, not self.middle.lines)
         if self.settings.cache_tolerance:
             pace = Controller(self.settings, moment.calls, begin, self._order)
         new = Track(moment.schedule, pace, moment.calls, moment.call, read_by=self._reader())
