@@ -71,7 +71,8 @@ def apply_patch(
     sites = [site for site in host.sites(net) if not site.skip]
     found = sorted({site.downsample for site in sites})
     if not found:
-        raise ValueError(f"{type(model).__name__} has no self-attention to patch: expected {SUPPORTED}.")
+        name = type(model).__name__
+        raise ValueError(f"{name} has no self-attention to patch that agentsd knows: expected {SUPPORTED}.")
     for name in ("merge_crossattn", "merge_mlp"):
         if getattr(chosen, name) and any(site.joint for site in sites):
             raise ValueError(

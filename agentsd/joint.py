@@ -31,9 +31,11 @@ def possible(attn: Any, counts: Counts) -> tuple[Counts, str]:
     """What joint attention can do of what is planned for its image tokens, and why no more."""
     own = processor_of(attn)
     why = ""
-    if type(own) not in PROCESSORS or getattr(attn, "fused_projections", False):
+    # Stable Diffusion 3 has a processor for fused projections, and layers that claim to be fused when they are no more
+    fused = isinstance(own, FluxAttnProcessor) and attn.fused_projections
+    if type(own) not in PROCESSORS or fused:
         why = f"{type(own).__name__} is no plain joint attention with projections of its own"
-    elif getattr(own, "_attention_backend", None) or getattr(own, "_parallel_config", None):
+    elif getattr(own, "_attention_backend", None) not in (None, "native") or getattr(own, "_parallel_config", None):
         why = "its attention has a back end of its own"
     elif name := keeper(attn):
         why = f"{name} may keep what it gives"

@@ -60,7 +60,8 @@ def tune(
         seed: of the first image, and one more for each.
         apply: patch the pipeline with what is found.
         progress: show a bar.
-        inputs: for the pipeline, as ``num_inference_steps=25, height=768``: those that you will use.
+        inputs: for the pipeline, as ``num_inference_steps=25, height=768``: those that you will use. With
+            ``prompt_embeds`` images differ by their seeds, and ``prompts`` says no more than how many there are.
 
     Raises:
         ValueError: ``target`` is neither, there is no prompt, or the pipeline cannot be patched.
@@ -129,7 +130,9 @@ def _drawer(pipe: Any, prompts: Sequence[str], seed: int, inputs: Mapping[str, A
         for i, prompt in enumerate(prompts[begin:count], begin):
             generator = torch.Generator().manual_seed(seed + i)
             start = time.perf_counter()
-            output = pipe(prompt, generator=generator, output_type="pt", **{**inputs, **changes}).images
+            given = {**inputs, **changes}
+            words = () if "prompt_embeds" in given else (prompt,)
+            output = pipe(*words, generator=generator, output_type="pt", **given).images
             images.append(output.float().cpu())  # waits for the device
             taken.append(time.perf_counter() - start)
         return images, taken

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_transformers import KINDS, Trajectory, image_ids, make_transformer, residuals, transformer_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
 from agentsd.hosts import Flux, PixArt, StableDiffusion3, UNet, host_of
@@ -84,6 +85,26 @@ def test_the_grid_of_packed_latents_stands_in_their_positions(ids, grid):
     assert Flux().inputs(net, (), inputs).size == (2 * rows, 2 * columns)
 
 
+def test_positions_are_read_once_and_again_when_they_change():
+    """Reading waits for the device, in which an image's calls stand in line."""
+    read = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            read.append(function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal))
+            return function(*args, **kwargs or {})
+
+    net, ids = make_transformer("flux"), image_ids(4, 6)
+    inputs = {"hidden_states": torch.zeros(2, 24, 16), "img_ids": ids, "timestep": torch.ones(2)}
+    for size, again in (((8, 12), True), ((8, 12), False), ((12, 8), True), ((12, 8), False)):
+        if size == (12, 8) and again:
+            ids.copy_(image_ids(6, 4))
+        read.clear()
+        with Reads():
+            assert Flux().inputs(net, (), inputs).size == size
+        assert any(read) == again
+
+
 def test_a_cached_call_at_the_same_point_equals_the_full_one(kind):
     net = make_transformer(kind)
     for inputs in (transformer_inputs(kind), transformer_inputs(kind, 3, 8, 20)):
@@ -132,7 +153,7 @@ def test_skip_layer_guidance_is_a_lane_of_its_own(kind):
         pipe = agentsd.apply_patch(Trajectory(net, kind), **REUSE)
         for outputs in pipe.run(*calls):
             torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=0)
-        assert agentsd.report(pipe).last["cached"] == 4 * len(calls)
+        assert agentsd.report(pipe).last == {"full": 4 * len(calls), "cached": 4 * len(calls)}
         agentsd.remove_patch(net)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ def _grid(ids: Tensor, tokens: int) -> tuple[int, int]:
     """
     if ids.is_meta or isinstance(ids, FakeTensor):  # these have no values
         return 1, tokens
+    return _read(ids, tokens, 0 if ids.is_inference() else ids._version)
+
+
+@lru_cache(maxsize=4)
+def _read(ids: Tensor, tokens: int, version: int) -> tuple[int, int]:
+    """Once an image, which has one tensor of them for all of its calls: reading waits for the device."""
     ids = ids.reshape(-1, ids.shape[-1])[:tokens].float().cpu()  # a batch repeats them
     image = ids[: int((ids[:, 0] == ids[0, 0]).long().cumprod(0).sum()), 1:]
     rows, columns = (len(set(image[:, axis].tolist())) for axis in (0, 1))

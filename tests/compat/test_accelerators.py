@@ -1,11 +1,10 @@
-"""torch.compile, DeepCache, quantised UNets."""
+"""torch.compile, DeepCache."""
 
 from itertools import product
 
 import pytest
 import torch
 import torch._dynamo
-from checks import check
 from conftest import make_scheduler, make_unet, sweep, unet_inputs
 from diffusers import DDIMScheduler
 from torch._dynamo.utils import counters
@@ -147,10 +146,3 @@ def test_reuse_equals_deepcache():
     helper.disable()
     agentsd.apply_patch(pipe, 0, cache_interval=3)
     torch.testing.assert_close(run(), expected)
-
-
-def test_quantised():
-    quantization = pytest.importorskip("torchao.quantization")
-    pipe = build("StableDiffusionPipeline", make_unet("sd21"))
-    quantization.quantize_(pipe.unet, quantization.Int8WeightOnlyConfig())
-    check(pipe, runner(pipe))

@@ -1,27 +1,27 @@
 """LoRA, IP-Adapter, textual inversion, FreeU, fused projections, custom processors: before the patch and after it."""
 
+from functools import partial
+from itertools import product
+
+import ip_adapters
 import pytest
 import torch
 from checks import check
 from conftest import TEXT_CHANNELS
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-from zoo import build, runner
+from zoo_transformers import MODELS, TRANSFORMERS
 
 import agentsd
+from agentsd.models import denoiser_of
 
 LORA = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
 
 
-def pipe_and_run(**arguments):
-    pipe = build("StableDiffusionPipeline")
-    return pipe, runner(pipe, **arguments)
-
-
 def lora(pipe, run):
     torch.manual_seed(5)
-    pipe.unet.add_adapter(LORA, "style")
+    denoiser_of(pipe).add_adapter(LORA, "style")
     return run
 
 
@@ -33,13 +33,13 @@ def lora_scaled(pipe, run):
 
 def lora_fused(pipe, run):
     run = lora(pipe, run)
-    pipe.fuse_lora(components=["unet"])
+    pipe.fuse_lora(components=list({"unet", "transformer"} & pipe.components.keys()))
     return run
 
 
 def lora_unfused(pipe, run):
     run = lora_fused(pipe, run)
-    pipe.unfuse_lora(components=["unet"])
+    pipe.unfuse_lora(components=list({"unet", "transformer"} & pipe.components.keys()))
     return run
 
 
@@ -55,13 +55,13 @@ def free_u(pipe, run):
 
 
 def fused_qkv(pipe, run):
-    pipe.fuse_qkv_projections(vae=False)
+    denoiser_of(pipe).fuse_qkv_projections()
     return run
 
 
 def unfused_qkv(pipe, run):
-    pipe.fuse_qkv_projections(vae=False)
-    pipe.unfuse_qkv_projections(vae=False)
+    denoiser_of(pipe).fuse_qkv_projections()
+    denoiser_of(pipe).unfuse_qkv_projections()
     return run
 
 
@@ -72,28 +72,8 @@ def textual_inversion(pipe, run):
 
 def ip_adapter(pipe, run):
     torch.manual_seed(6)
-    config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    encoder = CLIPVisionModelWithProjection(config)
-    pipe.register_modules(image_encoder=encoder)
-    state = {
-        "image_proj": {
-            "proj.weight": torch.randn(4 * TEXT_CHANNELS, config.projection_dim) * 0.02,
-            "proj.bias": torch.zeros(4 * TEXT_CHANNELS),
-            "norm.weight": torch.ones(TEXT_CHANNELS),
-            "norm.bias": torch.zeros(TEXT_CHANNELS),
-        },
-        "ip_adapter": {},
-    }
-    cross = [name for name in pipe.unet.attn_processors if "attn2" in name]
-    for i, name in enumerate(cross):
-        channels = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-        for part in ("to_k_ip", "to_v_ip"):
-            state["ip_adapter"][f"{2 * i + 1}.{part}.weight"] = torch.randn(channels, TEXT_CHANNELS) * 0.05
-    pipe.unet._load_ip_adapter_weights([state])
-    embeds = torch.ones(2, 1, config.projection_dim)
-    return lambda: run(ip_adapter_image_embeds=[embeds])
+    load = {"StableDiffusion3Pipeline": ip_adapters.into_sd3, "FluxPipeline": ip_adapters.into_flux}
+    return partial(run, **load.get(type(pipe).__name__, ip_adapters.into_unet)(pipe))
 
 
 def ip_adapter_unloaded(pipe, run):
@@ -102,79 +82,131 @@ def ip_adapter_unloaded(pipe, run):
     return run
 
 
-class Custom(AttnProcessor2_0):
+class Counted:
     """A processor of the user's own, which must go on being called."""
 
     calls = 0
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        type(self).calls += 1
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+    def __call__(self, *args, **kwargs):
+        Counted.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+class Custom(Counted, AttnProcessor2_0):
+    pass
+
+
+class CustomJoint(Counted, JointAttnProcessor2_0):
+    pass
+
+
+class CustomFlux(Counted, FluxAttnProcessor):
+    pass
 
 
 def custom_processor(pipe, run):
-    pipe.unet.set_attn_processor(Custom())
+    own = {"StableDiffusion3Pipeline": CustomJoint, "FluxPipeline": CustomFlux}.get(type(pipe).__name__, Custom)
+    denoiser_of(pipe).set_attn_processor(own())
     return run
 
 
+ALL = tuple(MODELS)
+LORAS = ("UNet", "SD 3", "Flux")  # the other has no loader in diffusers
 FEATURES = {
-    "LoRA": lora,
-    "LoRA, scaled": lora_scaled,
-    "LoRA, fused": lora_fused,
-    "LoRA, unfused": lora_unfused,
-    "LoRA, unloaded": lora_unloaded,
-    "FreeU": free_u,
-    "fused projections": fused_qkv,
-    "unfused projections": unfused_qkv,
-    "textual inversion": textual_inversion,
-    "IP-Adapter": ip_adapter,
-    "IP-Adapter, unloaded": ip_adapter_unloaded,
-    "custom processors": custom_processor,
+    "LoRA": (lora, LORAS),
+    "LoRA, scaled": (lora_scaled, LORAS),
+    "LoRA, fused": (lora_fused, LORAS),
+    "LoRA, unfused": (lora_unfused, LORAS),
+    "LoRA, unloaded": (lora_unloaded, LORAS),
+    "FreeU": (free_u, ("UNet",)),
+    "fused projections": (fused_qkv, ALL),
+    "unfused projections": (unfused_qkv, ALL),
+    "textual inversion": (textual_inversion, ("UNet",)),
+    "IP-Adapter": (ip_adapter, LORAS),
+    "IP-Adapter, unloaded": (ip_adapter_unloaded, LORAS),
+    "custom processors": (custom_processor, ALL),
 }
+CASES = [(feature, model) for feature, (_, models) in FEATURES.items() for model in models]
+# in these joint attention is left alone in all blocks, so that features are reused at most
+STANDS_ASIDE = {("IP-Adapter", "SD 3"), *product(("fused projections", "custom processors"), ("SD 3", "Flux"))}
 
 
-def test_keys_are_sampled_where_projections_are_fused_no_more():
-    pipe, run = pipe_and_run()
-    expected = agentsd.apply_patch(pipe, seed=0, sample_kv=True) and run()
-    agentsd.remove_patch(pipe)
-    pipe.fuse_qkv_projections(vae=False)
-    agentsd.apply_patch(pipe, seed=0, sample_kv=True)
-    assert "cannot sample" in str(agentsd.report(pipe))
-    pipe.unfuse_qkv_projections(vae=False)
-    assert "cannot sample" not in str(agentsd.report(pipe))
-    torch.testing.assert_close(run(), expected)
+def made(feature: str, model: str):
+    """Projections of 3.5 medium cannot be fused: diffusers itself fails in its second attention."""
+    older = model == "SD 3" and "projections" in feature
+    return (TRANSFORMERS["Stable Diffusion 3"] if older else MODELS[model])()
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_before_the_patch(feature):
-    pipe, run = pipe_and_run()
-    check(pipe, FEATURES[feature](pipe, run))
+def with_feature(feature: str, model: str):
+    pipe, run = made(feature, model)
+    return pipe, FEATURES[feature][0](pipe, run)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_after_the_patch(feature):
+def settings_of(model: str) -> dict:
+    return {} if model == "UNet" else {"cache_interval": 2}
+
+
+@pytest.mark.parametrize("case", CASES, ids=": ".join)
+def test_before_the_patch(case):
+    check(*with_feature(*case), settings_of(case[1]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=": ".join)
+def test_after_the_patch(case):
     """The image is that of the other order, and removal gives the one without the patch."""
-    pipe, run = pipe_and_run()
-    run = FEATURES[feature](pipe, run)
+    settings = settings_of(case[1])
+    pipe, run = with_feature(*case)
     plain = run()
-    agentsd.apply_patch(pipe, seed=0)
+    agentsd.apply_patch(pipe, seed=0, **settings)
     expected = run()
-    later, run_later = pipe_and_run()
-    agentsd.apply_patch(later, seed=0)
+    later, run_later = made(*case)
+    agentsd.apply_patch(later, seed=0, **settings)
     run_later()
-    run_later = FEATURES[feature](later, run_later)
+    run_later = FEATURES[case[0]][0](later, run_later)
     assert torch.equal(run_later(), expected)
     agentsd.remove_patch(later)
     assert torch.equal(run_later(), plain)
 
 
-def test_custom_processors_are_called_as_often_as_without_a_patch():
-    pipe, run = pipe_and_run()
-    custom_processor(pipe, run)
-    Custom.calls = 0
+@pytest.mark.parametrize("case", sorted(STANDS_ASIDE), ids=": ".join)
+def test_joint_attention_of_others_is_left_alone_and_the_report_says_so(case):
+    pipe, run = with_feature(*case)
+    plain = run()
+    agentsd.apply_patch(pipe, sample_kv=True)
+    with pytest.warns(UserWarning, match="runs unpatched: .* is no plain joint attention"):
+        assert torch.equal(run(), plain)
+    report = agentsd.report(pipe)
+    assert not report.patched and "is no plain joint attention" in str(report)
+
+
+def test_where_an_ip_adapter_has_no_part_joint_attention_is_patched():
+    """In Flux it acts on the blocks that have the text apart."""
+    pipe, _ = with_feature("IP-Adapter", "Flux")
+    report = agentsd.report(agentsd.apply_patch(pipe))
+    assert {layer.name.split(".")[0] for layer in report.patched} == {"single_transformer_blocks"}
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_keys_are_sampled_where_projections_are_fused_no_more(model):
+    pipe, run = made("unfused projections", model)
+    expected = agentsd.apply_patch(pipe, seed=0, sample_kv=True) and run()
+    agentsd.remove_patch(pipe)
+    net = denoiser_of(pipe)
+    net.fuse_qkv_projections()
+    agentsd.apply_patch(pipe, seed=0, sample_kv=True)
+    assert not agentsd.report(pipe).patched and "left alone" in str(agentsd.report(pipe))
+    net.unfuse_qkv_projections()
+    assert agentsd.report(pipe).patched and "left alone" not in str(agentsd.report(pipe))
+    torch.testing.assert_close(run(), expected)
+
+
+@pytest.mark.parametrize("model", ["UNet", "PixArt"])
+def test_custom_processors_are_called_as_often_as_without_a_patch(model):
+    pipe, run = with_feature("custom processors", model)
+    Counted.calls = 0
     run()
-    Custom.calls, plain_calls = 0, Custom.calls
+    Counted.calls, plain_calls = 0, Counted.calls
     agentsd.apply_patch(pipe)
     run()
-    assert Custom.calls == plain_calls
+    assert Counted.calls == plain_calls > 0
     assert "Custom is kept" in str(agentsd.report(pipe))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from tiny_transformers import Trajectory, make_transformer, transformer_inputs
 from torch._subclasses import FakeTensorMode
 
 import agentsd
@@ -72,3 +73,21 @@ def test_no_data_dependent_operation(config):
                     added_cond_kwargs=added,
                 ).sample
                 assert output.device.type == "cuda" and output.shape == (2, 4, size, size)
+
+
+@pytest.mark.skipif(not can_fake_cuda(), reason="a build of torch without CUDA makes no fake CUDA tensors")
+@pytest.mark.parametrize("kind", ["sd35", "pixart"])
+def test_no_data_dependent_operation_in_a_transformer(kind):
+    """Its loop gives elements of the schedule, expanded to the batch. Flux's divides them, so that they are read."""
+    with FakeTensorMode(), torch.device("cuda"):
+        inputs = {name: torch.empty_like(value, device="cuda") for name, value in transformer_inputs(kind).items()}
+        pipe = Trajectory(make_transformer(kind), kind)
+        pipe.scheduler.timesteps = torch.empty(8, device="cuda")
+        for settings in SETTINGS.values():
+            if settings.get("merge_mlp") and kind != "pixart":
+                continue
+            agentsd.apply_patch(pipe, **settings)
+            for step in range(8):
+                assert pipe.call(step, inputs).device.type == "cuda"
+            assert agentsd.report(pipe).patched
+            agentsd.remove_patch(pipe)

@@ -3,67 +3,100 @@
 import diffusers
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, cpu_offload_with_hook
 from checks import check, distance
 from conftest import make_unet, unet_inputs
 from diffusers import StableDiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from zoo import build, make_vae, runner
+from zoo_transformers import MODELS
 
 import agentsd
+from agentsd.models import denoiser_of
 
 LORA = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian")
 
 
-def group_offload(pipe):
-    cpu = torch.device("cpu")
-    apply_group_offloading(pipe.unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+CPU = torch.device("cpu")  # in the accelerator's place
 
 
 def model_offload(pipe):
-    """What `enable_model_cpu_offload` does to the UNet, with the CPU in the accelerator's place."""
-    accelerate = pytest.importorskip("accelerate")
-    pipe.unet, hook = accelerate.cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    """What `enable_model_cpu_offload` does to the denoiser."""
+    net, hook = cpu_offload_with_hook(denoiser_of(pipe), CPU)
+    setattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer", net)
     pipe._all_hooks = [hook]
 
 
+def sequential_offload(pipe):
+    """Of all parts, since a pipeline asks its first one where to run."""
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, CPU)
+
+
+def group_offload(pipe, **how):
+    apply_group_offloading(denoiser_of(pipe), onload_device=CPU, offload_device=CPU, **how)
+
+
+def naive_attention(pipe):
+    denoiser_of(pipe).set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+
+
+def quantised(pipe):
+    """Weights in int8; those of a text encoder and a VAE are not the patch's business."""
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(denoiser_of(pipe), quantization.Int8WeightOnlyConfig())
+
+
+ALL = tuple(MODELS)
 FEATURES = {
-    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
-    "VAE slicing": lambda pipe: pipe.vae.enable_slicing(),
-    "VAE tiling": lambda pipe: pipe.vae.enable_tiling(),
-    "model offload": model_offload,
-    "sequential offload": lambda pipe: cpu_offload(pipe.unet, torch.device("cpu")),
-    "group offload": group_offload,
-    "channels_last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
-    "gradient checkpointing": lambda pipe: pipe.unet.enable_gradient_checkpointing(),
-    "set_attention_backend": lambda pipe: pipe.unet.set_attention_backend("native"),
-    "naive attention": lambda pipe: pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor()),
-    "layerwise casting": lambda pipe: pipe.unet.enable_layerwise_casting(
-        storage_dtype=torch.bfloat16, compute_dtype=torch.float32
+    "attention slicing": (lambda pipe: pipe.enable_attention_slicing(1), ("UNet",)),
+    "VAE slicing": (lambda pipe: pipe.vae.enable_slicing(), ALL),
+    "VAE tiling": (lambda pipe: pipe.vae.enable_tiling(), ALL),
+    "model offload": (model_offload, ALL),
+    "sequential offload": (sequential_offload, ALL),
+    "group offload": (lambda pipe: group_offload(pipe, offload_type="leaf_level"), ALL),
+    "group offload, block by block": (
+        lambda pipe: group_offload(pipe, offload_type="block_level", num_blocks_per_group=1),
+        ALL,
     ),
+    "channels_last": (lambda pipe: denoiser_of(pipe).to(memory_format=torch.channels_last), ALL),
+    "gradient checkpointing": (lambda pipe: denoiser_of(pipe).enable_gradient_checkpointing(), ALL),
+    "set_attention_backend": (lambda pipe: denoiser_of(pipe).set_attention_backend("native"), ALL),
+    "naive attention": (naive_attention, ("UNet", "PixArt")),
+    "layerwise casting": (
+        lambda pipe: denoiser_of(pipe).enable_layerwise_casting(torch.bfloat16, torch.float32),
+        ALL,
+    ),
+    "half precision": (lambda pipe: pipe.to(torch.bfloat16), ALL),
+    "int8 weights of torchao": (quantised, ALL),
 }
+CASES = [(feature, model) for feature, (_, models) in FEATURES.items() for model in models]
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_before_the_patch(feature):
-    pipe = build("StableDiffusionPipeline")
-    FEATURES[feature](pipe)
-    check(pipe, runner(pipe), {}, {"cache_interval": 2})
+@pytest.mark.parametrize("case", CASES, ids=": ".join)
+def test_before_the_patch(case):
+    feature, model = case
+    pipe, run = MODELS[model]()
+    FEATURES[feature][0](pipe)
+    check(pipe, run, {}, {"cache_interval": 2})
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_after_the_patch(feature):
-    pipe = build("StableDiffusionPipeline")
-    run = runner(pipe)
+@pytest.mark.parametrize("case", CASES, ids=": ".join)
+def test_after_the_patch(case):
+    feature, model = case
+    pipe, run = MODELS[model]()
     plain = run()
     agentsd.apply_patch(pipe, seed=0)
-    FEATURES[feature](pipe)
+    FEATURES[feature][0](pipe)
     patched = run()
     assert patched.isfinite().all() and not torch.equal(patched, plain)
     assert distance(patched, plain) < 0.5
     agentsd.remove_patch(pipe)
-    assert distance(run(), plain) < 0.02
+    other, unpatched = MODELS[model]()
+    FEATURES[feature][0](other)
+    assert torch.equal(run(), unpatched())
 
 
 def train_step(checkpointing: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

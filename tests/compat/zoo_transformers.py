@@ -12,7 +12,7 @@ from diffusers import (
     SD3ControlNetModel,
 )
 from tiny_transformers import make_transformer
-from zoo import MASK, SIZE, make_vae, picture, runner
+from zoo import MASK, PIPELINES, SIZE, make_vae, picture, runner
 
 TEXTS = {"StableDiffusion3": ("", "_2", "_3"), "Flux": ("", "_2"), "PixArt": ("",)}
 
@@ -118,4 +118,10 @@ TRANSFORMERS = {
     "Flux ControlNet, inpainting": lambda: _flux_controlnet("FluxControlNetInpaintPipeline", **INPAINTED),
     "PixArt-Sigma": lambda: _pixart("PixArtSigmaPipeline"),
     "PixArt-alpha": lambda: _pixart("PixArtAlphaPipeline"),
+}
+MODELS = {
+    "UNet": PIPELINES["text to image"],
+    "SD 3": TRANSFORMERS["Stable Diffusion 3.5"],
+    "Flux": TRANSFORMERS["Flux"],
+    "PixArt": TRANSFORMERS["PixArt-Sigma"],
 }
