@@ -122,7 +122,7 @@ class Patch:
         if self.reuse is not None or (self.blocks and (settings.use_rand or len(settings.phases) > 1)):
             moment = self.trajectory.locate(inputs.timestep, inputs.divisor)
         call = self.reuse.before_call(moment, inputs) if self.reuse is not None else Call()
-        if call.lane is not None and call.lane.calls == 0:
+        if call.begins:
             self.calls = {"full": 0, "cached": 0}
         call.recomputed = torch._C._current_graph_task_id() != -1
         self.calls["cached" if call.cached else "full"] += 1

@@ -156,6 +156,7 @@ class Call:
         running: the block that runs.
         features: what stands for the middle in a cached call, or is to be remembered of a full one.
         lane: where they come from, and go to.
+        begins: whether it is the first of its trajectory.
         shapes: by the name of a module of the middle, what its output looks like.
         entered: the input of the middle, where the features are what it adds to that.
         writes: whether outputs of the middle may be written into.
@@ -168,6 +169,7 @@ class Call:
     running: Running | None = None
     features: Tensor | None = None
     lane: Lane | None = None
+    begins: bool = False
     shapes: dict[str, Any] | None = None
     entered: Tensor | None = None
     writes: bool = False

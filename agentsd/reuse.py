@@ -75,7 +75,8 @@ class Reuse:
         shapes = lane.shapes if lane.shapes else dict.fromkeys((*self.middle.unread, self.middle.last))
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
-        return Call(cached, features=features, lane=lane, shapes=shapes, writes=inputs.writes)
+        begins = lane.calls == 0 and len(track.lanes) == 1  # guidance may make another call in the same step
+        return Call(cached, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes)
 
     def after_call(self, call: Call) -> None:
         if not call.cached and call.features is not None and call.lane is not None:
@@ -88,7 +89,7 @@ class Reuse:
             if track.schedule == moment.schedule and track.follows(moment):
                 return track
         begin = moment.call if moment.calls is not None else 0
-        pace: Table | Controller = Table(self.settings, moment.calls, begin)
+        pace: Table | Controller = Table(self.settings, moment.calls, begin, not self.middle.lines)
         if self.settings.cache_tolerance:
             pace = Controller(self.settings, moment.calls, begin, self._order)
         new = Track(moment.schedule, pace, moment.calls, moment.call, read_by=self._reader())

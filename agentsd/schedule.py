@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+EVEN_CALLS = 10  # from which held features may skip the second call; a shorter trajectory changes too fast
 USUAL_CALLS = 25  # of a trajectory of which nobody says how many it has
 ENDLESS = 1000  # calls that are planned for one
 
@@ -122,12 +123,13 @@ def interval_of(interval: float, calls: int | None = None) -> int:
     return int(interval) if interval >= 1 else max(2, math.floor(interval * (calls or USUAL_CALLS) + 0.5))
 
 
-def full_calls(calls: int | None, settings: Reusing, begin: int = 0) -> tuple[bool, ...]:
+def full_calls(calls: int | None, settings: Reusing, begin: int = 0, held: bool = False) -> tuple[bool, ...]:
     """For each call of a trajectory, whether it runs the whole denoiser; the others are cached calls.
 
     Every ``interval``-th call is full. Where features are extrapolated (``cache_order`` 1) the second is, too, since
     features move fastest in the first steps; and the others are counted back from the last call but one, which gives
-    the image its texture (benchmarks/NOTES.md).
+    the image its texture (benchmarks/NOTES.md). Where they would be and are ``held``, full calls are spread evenly
+    from the first to the last but one, ``interval`` apart or a little more, in 10 calls and more.
 
     Args:
         calls: of the whole schedule; None where nobody says, and then enough of them are planned.
@@ -135,7 +137,12 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0) -> tuple[bo
     """
     interval = interval_of(settings.cache_interval, calls)
     made = range((calls or ENDLESS) - begin)
-    if settings.cache_order == 0:
+    if settings.cache_order and held and calls is not None and len(made) >= EVEN_CALLS:
+        last = len(made) - 2
+        gaps = max(1, last // interval)
+        places = {(2 * last * i + gaps) // (2 * gaps) for i in range(gaps + 1)}
+        full = [i in places for i in made]
+    elif settings.cache_order == 0 or (held and calls is None):
         full = [i % interval == 0 for i in made]
     else:
         last = len(made) - 2 if calls is not None else 0

@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("agentsd", "torch", "diffusers", "transformers", "tomesd", "DeepCache", "tgate", "torch-fidelity")
+PACKAGES = (
+    "agentsd",
+    "torch",
+    "diffusers",
+    "transformers",
+    "tomesd",
+    "DeepCache",
+    "tgate",
+    "cache-dit",
+    "torch-fidelity",
+)
 
 
 def card(device: str) -> dict[str, Any]:

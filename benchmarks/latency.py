@@ -7,6 +7,7 @@ down or speeds up favours none. Compiled methods have their rounds in a row, sin
 
     python benchmarks/latency.py --model sd15 --dtype float16 --size 512 1024
     python benchmarks/latency.py --model sdxl --size 1024 --modes eager reduce-overhead --methods "agentsd balanced"
+    python benchmarks/latency.py --model sd3-medium --size 1024 --dtype bfloat16 --steps 28
     python benchmarks/latency.py --model sd15 --device cpu --size 512 --steps 20 --rounds 1 --methods "agentsd fast"
 
 On a CPU a call takes seconds, and a trajectory minutes: fewer steps say the truth of as many steps. On a GPU the last
@@ -17,10 +18,12 @@ round is not timed but profiled: kernels, copies between host and device, waits 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from typing import Any
 import torch
 from architectures import ARCHITECTURES, SCHEDULERS, load_pipeline, random_inputs
 from card import card, write_json
-from methods import MODES, SLOW_TO_APPLY, Method, chosen
+from methods import MODES, SLOW_TO_APPLY, Method, chosen, fitting
 from options import errors_in_one_line, option, parsed, positive
 from profiling import by_operation, on_device
 from rich.progress import Progress
@@ -49,9 +52,9 @@ class Case:
     device: str = option("cuda" if CUDA else "cpu", "of PyTorch")
     batch: int = option(2, "samples of a call: two an image, or 1, which is without guidance")
     steps: int = option(50 if CUDA else 20, "of a trajectory")
-    scheduler: str = option("euler", "which sampler", choices=SCHEDULERS)
+    scheduler: str | None = option(None, "which sampler (default: the model's own)", choices=SCHEDULERS)
     rounds: int = option(2, "that are timed")
-    modes: list[str] = option(["eager"], "how the UNet runs (default: eager)", nargs="+", choices=MODES)
+    modes: list[str] = option(["eager"], "how the denoiser runs (default: eager)", nargs="+", choices=MODES)
     methods: list[str] | None = option(None, "names as in methods.py (default: all)", nargs="+")
     ratios: list[float] = option([], "agentsd and tomesd at these, too", nargs="+", type=float)
     profile: bool = option(CUDA, "one more round by the profiler; on a CPU of one mode")
@@ -74,10 +77,27 @@ class Case:
 
     def path(self, size: int) -> Path:
         usual = {self.device: "cpu", f"batch-{self.batch}": "batch-2", f"{self.steps}-steps": "50-steps"}
-        usual |= {self.scheduler: "euler", "-".join(self.modes): "eager"}
+        usual |= {self.scheduler or "": "", "-".join(self.modes): "eager"}
         unusual = [value for value, default in usual.items() if value != default]
         name = "-".join(["latency", Path(self.model).name, str(size), self.dtype, *unusual])
         return self.out or RESULTS / f"{name}.json"
+
+
+@contextmanager
+def after_each_step(scheduler: Any, ended: Callable[[], None]) -> Iterator[None]:
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines ask for the names of its arguments
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        ended()
+        return output
+
+    scheduler.step = stepped
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 class Trajectories:
@@ -85,16 +105,10 @@ class Trajectories:
 
     def __init__(self, case: Case, pipe: Any, size: int) -> None:
         self.case, self.pipe = case, pipe
-        images, guidance = (1, 1.0) if case.batch == 1 else (case.batch // 2, 7.5)
-        self.inputs = random_inputs(pipe, images, size, guidance)
+        self.inputs = random_inputs(pipe, case.batch, size)
 
-    def draw(self, method: Method, steps: int | None = None, step_ended: Callable[[], None] = lambda: None) -> None:
-        def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            step_ended()
-            return tensors
-
-        steps = steps or self.case.steps
-        method.images(self.pipe, num_inference_steps=steps, callback_on_step_end=callback, **self.inputs)
+    def draw(self, method: Method, steps: int | None = None) -> None:
+        method.images(self.pipe, num_inference_steps=steps or self.case.steps, **self.inputs)
 
     def timed(self, method: Method) -> dict[str, Any]:
         """Seconds of a trajectory and of each of its calls, of the host until it had asked for all, and the memory."""
@@ -103,7 +117,8 @@ class Trajectories:
             device.reset_peak_memory_stats()
         device.synchronize()
         start, marks = time.perf_counter(), [self._mark()]
-        self.draw(method, step_ended=lambda: marks.append(self._mark()))
+        with after_each_step(self.pipe.scheduler, lambda: marks.append(self._mark())):
+            self.draw(method)
         host = time.perf_counter() - start
         device.synchronize()
         found: dict[str, Any] = {"seconds": time.perf_counter() - start, "host": host}
@@ -202,6 +217,7 @@ def main() -> None:
     with errors_in_one_line():
         methods = chosen(case.methods, case.ratios)
         pipe = load_pipeline(case.model, DTYPES[case.dtype], case.device, case.scheduler)
+        methods = fitting(methods, pipe)
         for size in case.size:
             result = measure(case, pipe, methods, size)
             print_table(result, latency_rows(result))

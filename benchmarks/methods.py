@@ -1,7 +1,7 @@
-"""What is compared: every method is a function that applies itself to a pipeline, or to what has a ``unet``.
+"""What is compared: every method is a function that applies itself to a pipeline.
 
 Each returns how to undo it. A further peer is one function more, and one line in `METHODS`; another way to run the
-UNet, whatever the method, is one line in `MODES`.
+denoiser, whatever the method, is one line in `MODES`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import diffusers
 import torch
+from architectures import denoiser
+from diffusers.hooks import hooks
+from diffusers.hooks import mag_cache as mag_cache_of_diffusers
 from torch import nn
 
 import agentsd
 
 Undo = Callable[[], Any]
+UNET = ("UNet2DConditionModel",)
+TRANSFORMERS = ("SD3", "Flux", "PixArt")
+# by MagCache's own calibration: two images of examples/demo_model_sd3 in 28 steps, guidance 4, seeds 20000 and 20001
+SD3_MAG_RATIOS = [1.0, 1.0292, 0.9641, 1.0015, 1.0257, 1.0199, 1.0134, 0.9947, 0.988, 1.0001, 0.9966, 0.9863, 0.9901]
+SD3_MAG_RATIOS += [0.9901, 0.9966, 0.9853, 0.9868, 0.9888, 0.982, 0.9811, 0.9828, 0.9727, 0.9846, 0.9683, 0.9545]
+SD3_MAG_RATIOS += [0.9375, 0.914, 1.2167]
 LIMIT = "no self-attention at the top (the limit)"
 
 
@@ -32,6 +42,8 @@ class Method:
         share: of the steps that are asked for: what is not patched may take fewer.
         call: draws images with a pipeline and its arguments, where the method has a loop of its own.
         packages: that must be installed.
+        kinds: the denoisers that it is for, as the names of their classes begin; all where there are none.
+        counts: whether its operations can be counted without computing anything.
     """
 
     apply: Callable[[Any], Undo]
@@ -40,6 +52,8 @@ class Method:
     share: float = 1.0
     call: Callable[..., Any] | None = None
     packages: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    counts: bool = True
 
     def steps(self, asked: int) -> int:
         return max(1, round(self.share * asked))
@@ -83,7 +97,7 @@ def tome(ratio: float) -> Method:
         tomesd.apply_patch(pipe.unet, ratio=ratio, max_downsample=2**level)
         return lambda: tomesd.remove_patch(pipe.unet)
 
-    return Method(apply, ratio, {"tomesd": ratio}, packages=("tomesd",))
+    return Method(apply, ratio, {"tomesd": ratio}, packages=("tomesd",), kinds=UNET)
 
 
 def deepcache(interval: int) -> Method:
@@ -97,7 +111,7 @@ def deepcache(interval: int) -> Method:
         helper.enable()
         return helper.disable
 
-    return Method(apply, settings={"DeepCache": interval}, packages=("DeepCache",))
+    return Method(apply, settings={"DeepCache": interval}, packages=("DeepCache",), kinds=UNET)
 
 
 def tgate(gate: float = 0.4, interval: int = 5) -> Method:
@@ -115,7 +129,78 @@ def tgate(gate: float = 0.4, interval: int = 5) -> Method:
         inputs |= schedule | {"warm_up": 2, "num_inference_steps": num_inference_steps}
         return load(pipe).tgate(*prompts, **inputs)
 
-    return Method(apply, settings={"T-GATE": [gate, interval]}, call=call, packages=("tgate",))
+    settings = {"T-GATE": [gate, interval]}
+    return Method(apply, settings=settings, call=call, packages=("tgate",), kinds=UNET, counts=False)
+
+
+def cache_of_diffusers(name: str, config: Callable[[Any, int], Any], settings: dict[str, Any], **about: Any) -> Method:
+    """One of the caches in diffusers. ``config`` is that of a denoiser and so many steps: each has a cache anew.
+
+    They want a context, which not every pipeline sets. A step is one denoiser call.
+    """
+
+    def apply(pipe: Any) -> Undo:
+        net, left = pipe.transformer, 0
+        registry = hooks.HookRegistry.check_if_exists_or_initialize(net)
+
+        def remove() -> None:
+            for module in net.modules():
+                if (found := getattr(module, "_diffusers_hook", None)) is not None:
+                    for hook in list(found.hooks):
+                        found.remove_hook(hook, recurse=False)
+            registry.invalidate_child_registries_cache()
+
+        def begin(*_: Any) -> None:
+            nonlocal left
+            if not left:
+                left = len(pipe.scheduler.timesteps)
+                remove()
+                getattr(diffusers.hooks, f"apply_{name}")(net, config(net, left))
+                hooks._set_cache_context(net, hooks.CacheContext("images"))
+            left -= 1
+
+        handle = net.register_forward_pre_hook(begin)
+        return lambda: (handle.remove(), remove())
+
+    return Method(apply, settings={name: settings}, **about)
+
+
+def first_block_cache(threshold: float = 0.05) -> Method:
+    """It wants the text that the last block gives back, and Stable Diffusion 3's gives none."""
+    config = lambda net, steps: diffusers.FirstBlockCacheConfig(threshold)
+    settings = {"threshold": threshold}
+    return cache_of_diffusers("first_block_cache", config, settings, kinds=("Flux", "PixArt"), counts=False)
+
+
+def mag_cache(threshold: float = 0.06) -> Method:
+    """MagCache, whose ratios are those of one trained model: of Flux, as diffusers has them, and of our demo model."""
+
+    def config(net: Any, steps: int) -> Any:
+        ratios = SD3_MAG_RATIOS if type(net).__name__.startswith("SD3") else mag_cache_of_diffusers.FLUX_MAG_RATIOS
+        return diffusers.MagCacheConfig(threshold, num_inference_steps=steps, mag_ratios=ratios)
+
+    return cache_of_diffusers("mag_cache", config, {"threshold": threshold}, kinds=("Flux", "SD3"))
+
+
+def taylor_seer(interval: int) -> Method:
+    """TaylorSeer of attention alone, as diffusers has it unless told otherwise, in float32."""
+    options = {"cache_interval": interval, "taylor_factors_dtype": torch.float32}
+    config = lambda net, steps: diffusers.TaylorSeerCacheConfig(**options)
+    return cache_of_diffusers("taylorseer_cache", config, {"N": interval}, kinds=("SD3", "Flux"))
+
+
+def cache_dit(threshold: float = 0.12) -> Method:
+    """DBCache of cache-dit (PyPI): the first block decides, from the fifth call on."""
+    settings = {"Fn_compute_blocks": 1, "max_warmup_steps": 4, "residual_diff_threshold": threshold}
+
+    def apply(pipe: Any) -> Undo:
+        import cache_dit  # noqa: PLC0415
+
+        cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**settings))
+        return lambda: cache_dit.disable_cache(pipe)
+
+    about: dict[str, Any] = {"packages": ("cache_dit",), "kinds": TRANSFORMERS, "counts": False}
+    return Method(apply, settings={"cache-dit": settings}, **about)
 
 
 def together(first: Method, second: Method) -> Method:
@@ -126,7 +211,7 @@ def together(first: Method, second: Method) -> Method:
         return lambda: (undo_second(), undo_first())
 
     settings, packages = {**first.settings, **second.settings}, first.packages + second.packages
-    return Method(apply, first.ratio or second.ratio, settings, packages=packages)
+    return Method(apply, first.ratio or second.ratio, settings, packages=packages, kinds=first.kinds or second.kinds)
 
 
 def no_attention(pipe: Any) -> Undo:
@@ -144,12 +229,15 @@ def unpatched(pipe: Any) -> Undo:
 METHODS: dict[str, Method] = {
     "unpatched": Method(unpatched),
     "unpatched, 1/2 of the steps": Method(unpatched, settings={"steps": "1/2"}, share=1 / 2),
+    "unpatched, 3/7 of the steps": Method(unpatched, settings={"steps": "3/7"}, share=3 / 7),
     "unpatched, 1/3 of the steps": Method(unpatched, settings={"steps": "1/3"}, share=1 / 3),
     "tomesd r=0.4": tome(0.4),
     "agentsd r=0.4 (the paper's schedule)": agent(),
     "agentsd r=0.4, agents in all steps": agent(agent_steps=1.0),
     "agentsd r=0.4, merging in all steps": agent(agent_steps=0.0),
-    "agentsd r=0.4, MLP and cross-attention merged, too": agent(merge_mlp=True, merge_crossattn=True),
+    "agentsd r=0.4, MLP and cross-attention merged, too": replace(
+        agent(merge_mlp=True, merge_crossattn=True), kinds=(*UNET, "PixArt")
+    ),
     "agentsd few_steps": agent(preset="few_steps"),
     "DeepCache N=3": deepcache(3),
     "DeepCache N=5": deepcache(5),
@@ -163,7 +251,11 @@ METHODS: dict[str, Method] = {
     "agentsd adaptive": agent(preset="adaptive"),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
     "agentsd fast": agent(preset="fast"),
-    LIMIT: Method(no_attention, settings={"self-attention": False}),
+    "FirstBlockCache": first_block_cache(),
+    "MagCache": mag_cache(),
+    "TaylorSeer N=3": taylor_seer(3),
+    "cache-dit": cache_dit(),
+    LIMIT: Method(no_attention, settings={"self-attention": False}, kinds=UNET),
 }
 
 
@@ -188,28 +280,38 @@ def chosen(names: list[str] | None, ratios: list[float]) -> dict[str, Method]:
     return picked
 
 
+def fitting(methods: dict[str, Method], pipe: Any, countable: bool = False) -> dict[str, Method]:
+    """Those that run on the pipeline's denoiser, and where nothing is computed; the others are named."""
+    kind = type(denoiser(pipe)).__name__
+    runs = lambda method: (not method.kinds or kind.startswith(method.kinds)) and (method.counts or not countable)
+    if left_out := [name for name, method in methods.items() if not runs(method)]:
+        where = f"a {kind} without data" if countable else f"a {kind}"
+        print(f"note: left out, not for {where}: {', '.join(left_out)}", file=sys.stderr)
+    return {name: method for name, method in methods.items() if runs(method)}
+
+
 def prepared(method: Method, prepare: Callable[[nn.Module], Undo]) -> Method:
-    """The same on a UNet that is prepared before the method is applied."""
+    """The same on a denoiser that is prepared before the method is applied."""
 
     def apply(pipe: Any) -> Undo:
-        undo_mode = prepare(pipe.unet)
+        undo_mode = prepare(denoiser(pipe))
         undo = method.apply(pipe)
         return lambda: (undo(), undo_mode())
 
     return replace(method, apply=apply)
 
 
-def channels_last(unet: nn.Module) -> Undo:
-    unet.to(memory_format=torch.channels_last)
-    return lambda: unet.to(memory_format=torch.contiguous_format)
+def channels_last(net: nn.Module) -> Undo:
+    net.to(memory_format=torch.channels_last)
+    return lambda: net.to(memory_format=torch.contiguous_format)
 
 
 def compiled(mode: str) -> Callable[[nn.Module], Undo]:
-    def prepare(unet: nn.Module) -> Undo:
-        unet.compile(mode=mode)
+    def prepare(net: nn.Module) -> Undo:
+        net.compile(mode=mode)
 
         def undo() -> None:
-            unet._compiled_call_impl = None
+            net._compiled_call_impl = None
             torch.compiler.reset()
 
         return undo
@@ -231,7 +333,7 @@ def graphed(method: Method) -> Method | None:
     return replace(method, apply=agent(**method.settings["agentsd"], cuda_graphs=True).apply)
 
 
-# how a UNet runs: each takes a method and gives the one that runs so, or None where it cannot
+# how a denoiser runs: each takes a method and gives the one that runs so, or None where it cannot
 MODES: dict[str, Callable[[Method], Method | None]] = {
     "eager": lambda method: method,
     "channels-last": lambda method: prepared(method, channels_last),

@@ -5,7 +5,7 @@ saves in seconds, `latency.py` measures. The memory is that of the tensors of a 
 are kept for later ones, and without the weights and the workspace of kernels.
 
     python benchmarks/operations.py --model sd15 --size 256 512 1024 2048
-    python benchmarks/operations.py --model sdxl --size 1024
+    python benchmarks/operations.py --model sd3-medium --size 1024 --steps 28
 """
 
 # ruff: noqa: RUF009 (an option is a field)
@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from architectures import ARCHITECTURES, load_pipeline, pooled_width
+from architectures import ARCHITECTURES, denoiser, denoiser_inputs, load_pipeline
 from card import card, write_json
 from latency import RESULTS
-from methods import Method, chosen
+from methods import Method, chosen, fitting
 from options import errors_in_one_line, option, parsed, positive
 from tables import operations_rows, print_table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -38,7 +38,9 @@ class FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, False)[0]
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            products = (named[name] for name in ("query", "key", "value"))
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*products, None, False)[0]
         return function(*args, **(kwargs or {}))
 
 
@@ -68,19 +70,18 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 @torch.inference_mode()
 def counted(pipe: Any, method: Method, size: int, steps: int) -> dict[str, Any]:
     """Floating-point operations of the dearest call, of the cheapest and of all, and the peak of memory in MB."""
-    config, calls = pipe.unet.config, []
-    sample = torch.empty(1, config.in_channels, size // 8, size // 8, device="meta")
-    inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, config.cross_attention_dim, device="meta")}
-    if width := pooled_width(config):
-        shapes = {"text_embeds": (1, width), "time_ids": (1, 6)}
-        inputs["added_cond_kwargs"] = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    net, calls = denoiser(pipe), []
+    without_data = lambda _, args, kwargs: (args, tree_map_only(Tensor, lambda tensor: tensor.to("meta"), kwargs))
     pipe.scheduler.set_timesteps(method.steps(steps))
     undo = method.apply(pipe)
+    hook = net.register_forward_pre_hook(without_data, with_kwargs=True)  # after what asks for the timestep's value
     with LiveMemory() as memory:
         for t in pipe.scheduler.timesteps:
+            args, named = denoiser_inputs(net, size, t)
             with FusedAttention(), FlopCounterMode(display=False) as counter:
-                pipe.unet(sample, t, **inputs)
+                net(*args, **named)
             calls.append(float(counter.get_total_flops()))
+    hook.remove()
     undo()
     return {"calls": {"dearest": max(calls), "cheapest": min(calls)}, "total": sum(calls), "peak_mb": memory.peak_mb}
 
@@ -100,10 +101,8 @@ def main() -> None:
     case = parsed(Case, __doc__)
     with errors_in_one_line():
         methods = chosen(case.methods, [])
-        for name in [name for name, method in methods.items() if method.call]:
-            print(f"note: {name} is left out: it has a loop of its own, and not the denoiser's calls alone")
-            del methods[name]
         pipe = load_pipeline(case.model, torch.float32, "meta")
+        methods = fitting(methods, pipe, countable=True)
         for size in case.size:
             rows = [{"method": n, "ratio": m.ratio, **counted(pipe, m, size, case.steps)} for n, m in methods.items()]
             result = {"kind": "operations", **card("meta"), "settings": {**asdict(case), "size": size}, "rows": rows}

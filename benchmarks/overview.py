@@ -9,7 +9,20 @@ from collections.abc import Callable
 from typing import Any
 
 from plots import distribution, front, growth, points_of, series, speeds
-from tables import ABOVE, Rows, case, device, kind, markdown, short, shorter, with_error
+from tables import (
+    ABOVE,
+    Rows,
+    case,
+    device,
+    exactness_rows,
+    kind,
+    markdown,
+    quality_rows,
+    short,
+    shorter,
+    title,
+    with_error,
+)
 
 Result = dict[str, Any]
 PAPER = "agentsd r=0.4 (the paper's schedule)"
@@ -19,6 +32,12 @@ SHORT = {"agentsd balanced": "balanced", "DeepCache N=3": "DeepCache N=3", "tome
 QUALITY = {"PSNR, dB": "PSNR, dB", "PSNR p5": "worst of 20, dB"}
 MEMORY = ("unpatched", "agentsd balanced", "DeepCache N=3", "tomesd r=0.4")
 FEWEST = 3  # methods of a picture
+TRANSFORMERS = ("sd3-medium", "sd35-large", "flux", "pixart")
+EXACT = (
+    "Tiny transformers with random weights, the same inputs in every call, so that a cached call has to give what a "
+    "full one gives. Exact is within 1e-6; an error is a share of the largest value. FirstBlockCache and TaylorSeer "
+    "want a cache context, which most pipelines of diffusers do not set: in brackets what they give with one."
+)
 
 
 def runs(results: list[Result]) -> list[Result]:
@@ -55,7 +74,9 @@ def how_fast(results: list[Result]) -> tuple[str, dict[str, str]]:
 
 
 def qualities(results: list[Result]) -> list[Result]:
-    return sorted((r for r in results if r["kind"] == "quality"), key=lambda r: -r["settings"]["steps"])
+    """Of the demo model with a UNet."""
+    found = (r for r in results if r["kind"] == "quality" and "sd3" not in r["settings"]["model"])
+    return sorted(found, key=lambda r: -r["settings"]["steps"])
 
 
 def metrics_table(found: list[Result], names: dict[str, str]) -> str:
@@ -128,11 +149,29 @@ def how_it_grows(results: list[Result]) -> tuple[str, dict[str, str]]:
     return "\n\n".join(["## How it grows", *parts]) if parts else "", pictures
 
 
+def on_transformers(results: list[Result]) -> tuple[str, dict[str, str]]:
+    """How many times fewer operations, how faithful, and whether exact where inputs repeat."""
+    parts = []
+    counted = [r for r in results if r["kind"] == "operations" and r["settings"]["model"] in TRANSFORMERS]
+    if counted:
+        saved = [{row["method"]: r["rows"][0]["total"] / row["total"] for row in r["rows"]} for r in counted]
+        names = dict.fromkeys(name for ratios in saved for name in ratios if name != "unpatched")
+        rows: Rows = [("times fewer operations", *(f"{case(r)}, {r['settings']['steps']} steps" for r in counted))]
+        rows += [(name, *(f"{of[name]:.2f}x" if name in of else "" for of in saved)) for name in names]
+        parts += ["Counted, and not timed. TaylorSeer skips attention alone.", markdown(rows)]
+    for r in (r for r in results if r["kind"] == "quality" and "sd3" in r["settings"]["model"]):
+        parts += [f"PSNR to the unpatched images, in dB: {title(r)}.", markdown(quality_rows(r))]
+    for r in (r for r in results if r["kind"] == "exactness"):
+        parts += [EXACT, markdown(exactness_rows(r))]
+    return "\n\n".join(["## Transformers", *parts]) if parts else "", {}
+
+
 QUESTIONS: tuple[Callable[[list[Result]], tuple[str, dict[str, str]]], ...] = (
     how_fast,
     how_faithful,
     how_good,
     how_it_grows,
+    on_transformers,
 )
 
 

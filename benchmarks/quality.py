@@ -28,7 +28,7 @@ from accelerate.utils import parse_flag_from_env
 from architectures import SCHEDULERS, load_pipeline
 from card import card, write_json
 from latency import DTYPES
-from methods import LIMIT, Method, chosen
+from methods import LIMIT, Method, chosen, fitting
 from options import errors_in_one_line, option, parsed
 from prompts import load_prompts
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -129,6 +129,8 @@ def generate(
     path = lambda i: folder / f"{i:05d}.png"
     numbers = range(study.first, study.first + study.images)
     batches = [numbers[start : start + study.batch] for start in range(0, study.images, study.batch)]
+    # zeros would stand for the text of an encoder that is absent
+    options = {"max_sequence_length": 0} if getattr(pipe, "text_encoder_3", pipe) is None else {}
     missing = [indices for indices in batches if not all(path(i).exists() for i in indices)]
     state.wait_for_everyone()  # nobody draws before all have seen what is missing
     for indices in missing[state.process_index :: state.num_processes]:
@@ -142,6 +144,7 @@ def generate(
                 num_inference_steps=study.steps,
                 guidance_scale=study.guidance,
                 generator=[torch.Generator().manual_seed(i) for i in indices],
+                **options,
             ).images
         finally:
             undo()
@@ -201,6 +204,7 @@ def main() -> None:
         methods = {name: m for name, m in chosen(study.methods, study.ratios).items() if name != LIMIT}
         prompts = load_prompts(study.prompts, study.first + study.images)[study.first :]
         pipe = load_pipeline(study.model, DTYPES[study.dtype], str(state.device), study.scheduler)
+        methods = fitting(methods, pipe)
         study.path.parent.mkdir(parents=True, exist_ok=True)
         if state.is_main_process:
             for name, method in methods.items():

@@ -11,7 +11,8 @@ from rich.table import Table
 Rows = list[tuple[str, ...]]
 ERROR = ", standard error"  # behind the name of a metric, in the JSON; in tables it stands beside the value
 ABOVE = " above unpatched"
-MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL", "sd3-medium": "SD 3 medium", "sd35-large": "SD 3.5 large"}
+MODELS |= {"flux": "Flux", "pixart": "PixArt"}
 # of a call on a GPU, in the mean: the host until it has asked for all, and what the profiler counted
 COUNTS = {"host_ms": "{:.1f}", "kernels": "{:,.0f}", "copies": "{:.1f}", "waits": "{:.1f}", "device_ms": "{:.1f}"}
 
@@ -60,6 +61,11 @@ def quality_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def exactness_rows(result: dict[str, Any]) -> Rows:
+    rows = result["rows"]
+    return [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
+
+
 def profile_rows(result: dict[str, Any]) -> Rows:
     kinds = list(dict.fromkeys(kind for shares in result["profile"].values() for kind in shares if kind != "seconds"))
     rows: Rows = [("method", *kinds)]
@@ -69,7 +75,8 @@ def profile_rows(result: dict[str, Any]) -> Rows:
 
 
 def rows_of(result: dict[str, Any]) -> Rows:
-    return {"latency": latency_rows, "operations": operations_rows, "quality": quality_rows}[result["kind"]](result)
+    kinds = {"latency": latency_rows, "operations": operations_rows, "quality": quality_rows}
+    return (kinds | {"exactness": exactness_rows})[result["kind"]](result)
 
 
 def percent(ratio: float | None) -> str:
@@ -123,6 +130,8 @@ def shorter(method: str) -> str:
 
 def title(result: dict[str, Any]) -> str:
     settings, hardware = result["settings"], result["hardware"]
+    if result["kind"] == "exactness":
+        return "Cached calls whose inputs repeat, against full calls"
     where = hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']} ({hardware['instructions']})"
     if result["kind"] == "operations":
         return f"{settings['model']}, {settings['size']} px, one sample, {settings['steps']} steps, operations"

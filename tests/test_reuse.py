@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Heun
 import agentsd
 from agentsd.features import Lane
 from agentsd.hosts import UNet
-from agentsd.schedule import full_calls, interval_of
+from agentsd.schedule import EVEN_CALLS, full_calls, interval_of
 
 ONLY_REUSE = {"ratio": 0, "cache_interval": 3}
 
@@ -365,6 +365,25 @@ def test_the_interval_counts_each_lane_alone():
         for inputs in prompts:
             unet(**{**inputs, "timestep": timestep})
     assert calls == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("calls", [5, 13, 20, 28, 50, None])
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize("interval", [0.125, 2, 7])
+def test_held_features_come_from_full_calls_that_are_evenly_apart(calls, begin, interval):
+    """From the first to the last but one. In few calls, and with ``cache_order`` 0, they are those of all others."""
+    settings, uniform = (agentsd.Settings(cache_interval=interval, cache_order=order) for order in (1, 0))
+    full, gap = full_calls(calls, settings, begin, held=True), interval_of(interval, calls)
+    places = [place for place, ran in enumerate(full[begin:]) if ran]
+    gaps = {b - a for a, b in pairwise(places)}
+    if calls is None:
+        assert full == full_calls(calls, uniform, begin)
+    elif calls - begin < EVEN_CALLS:
+        assert full == full_calls(calls, settings, begin)
+    else:
+        assert places[0] == 0 and places[-1] == calls - begin - 2 and max(gaps) - min(gaps) <= 1
+        assert min(gaps) >= gap and len(places) < sum(full_calls(calls, settings, begin))
+    assert full_calls(calls, uniform, begin, held=True) == full_calls(calls, uniform, begin)
 
 
 @pytest.mark.parametrize("calls", [5, 20, 25, 50, None])

@@ -1,6 +1,6 @@
-"""What an image shows: by the small emoji classifier of train.py, or by any model of timm's.
+"""What an image shows: by the small emoji classifier beside this file, or by any model of timm's.
 
-python examples/vision/classify.py --weights runs/classify-agent/model.safetensors
+python examples/vision/classify.py
 python examples/vision/classify.py cat.jpg --model agent_pvt_tiny --checkpoint agent_pvt_t.pth
 """
 
@@ -55,9 +55,9 @@ def draw(image: Path, best: dict[str, float], output: Path) -> None:
 @torch.inference_mode()
 def main() -> None:
     options = parser(__doc__, "classified.png")
-    which = options.add_mutually_exclusive_group(required=True)
-    which.add_argument("--weights", type=Path, help="model.safetensors that train.py has written")
-    which.add_argument("--model", help="a classifier of timm's, such as agent_pvt_tiny")
+    weights = Path(__file__).with_name("emoji_classifier.safetensors")
+    options.add_argument("--weights", type=Path, default=weights, help="model.safetensors that train.py has written")
+    options.add_argument("--model", help="a classifier of timm's, such as agent_pvt_tiny, instead")
     options.add_argument("--checkpoint", type=Path, help="weights of --model")
     args = options.parse_args()
     if args.model:

@@ -15,7 +15,7 @@ def tiny_pipeline(model: str = "tiny", scheduler: str | None = None):
     from architectures import load_pipeline, random_inputs  # noqa: PLC0415
 
     pipe = load_pipeline(model, torch.float32, "cpu", scheduler)
-    return pipe, random_inputs(pipe, 1, 128, 7.5)
+    return pipe, random_inputs(pipe, 2, 128)
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,13 @@ def test_what_a_gpu_s_trace_is_counted_of():
 @pytest.mark.parametrize("model", ["tiny", "tiny-xl"])
 def test_every_method_runs_and_leaves_the_pipeline_as_it_was(model):
     """Also how many denoiser calls run whole: what reuses features has fewer, and fewer steps fewer."""
-    from methods import METHODS, chosen  # noqa: PLC0415
+    from methods import METHODS, chosen, fitting  # noqa: PLC0415
 
     pipe, inputs = tiny_pipeline(model)
     ran = []
     pipe.unet.mid_block.resnets[0].register_forward_hook(lambda *_: ran.append(True))
     whole, images = {}, {}
-    for name, method in chosen(None, []).items():
+    for name, method in fitting(chosen(None, []), pipe).items():
         undo = method.apply(pipe)
         ran.clear()
         images[name] = method.images(pipe, num_inference_steps=6, **inputs).images
@@ -102,6 +102,59 @@ def test_every_method_runs_and_leaves_the_pipeline_as_it_was(model):
     assert whole["unpatched, 1/2 of the steps"] == 3
     assert whole["DeepCache N=3"] == whole["agentsd r=0.4 + DeepCache N=3"] == 2
     assert whole["agentsd balanced"] < 6
+
+
+PEERS = {"tiny-sd3": {"MagCache", "TaylorSeer N=3"}, "tiny-pixart": {"FirstBlockCache"}}
+PEERS["tiny-flux"] = PEERS["tiny-sd3"] | PEERS["tiny-pixart"]
+
+
+@pytest.mark.parametrize("model", PEERS)
+def test_transformers_have_peers_of_their_own(model, capsys):
+    """Each skips something, begins anew with each image, and leaves the pipeline as it was."""
+    from methods import METHODS, fitting  # noqa: PLC0415
+
+    pipe, inputs = tiny_pipeline(model)
+    draw = lambda name: METHODS[name].images(pipe, num_inference_steps=8, **inputs).images
+    methods = fitting(
+        {name: METHODS[name] for name in ("DeepCache N=3", "agentsd balanced", *PEERS["tiny-flux"])}, pipe
+    )
+    assert set(methods) == {"agentsd balanced"} | PEERS[model]
+    assert "DeepCache N=3" in capsys.readouterr().err
+    before = draw("unpatched")
+    for name, method in methods.items():
+        undo = method.apply(pipe)
+        first = draw(name)
+        assert first.isfinite().all() and not torch.equal(first, before), name
+        assert torch.equal(draw(name), first), name
+        undo()
+    assert torch.equal(draw("unpatched"), before)
+
+
+@pytest.mark.parametrize("model", PEERS)
+def test_operations_of_transformers(model, tmp_path):
+    """Counted at any size, without memory for it: a cached call runs the first block of several."""
+    arguments = ["--model", model, "--size", "1024", "--steps", "7", "--out", tmp_path, "--methods"]
+    result = run("operations.py", *arguments, "agentsd balanced", "unpatched, 3/7 of the steps", "FirstBlockCache")
+    assert result.returncode == 0, result.stderr
+    assert "left out, not for a" in result.stderr and "FirstBlockCache" in result.stderr
+    found = json.loads((tmp_path / f"operations-{model}-1024.json").read_text())["rows"]
+    plain, share, ours = (row | row["calls"] for row in found)
+    assert plain["dearest"] == plain["cheapest"] == ours["dearest"] > 2 * ours["cheapest"]
+    assert share["total"] == 3 * plain["dearest"] and plain["total"] == 7 * plain["dearest"]
+
+
+def test_operations_of_a_transformer_are_those_of_its_layers(tmp_path):
+    """One block of Stable Diffusion 3 medium: 12 d^2 L + 2 d L^2 multiply-adds, of two operations each."""
+    from architectures import ARCHITECTURES, random_pipeline  # noqa: PLC0415
+    from methods import METHODS  # noqa: PLC0415
+    from operations import counted  # noqa: PLC0415
+
+    of = lambda blocks: counted(
+        random_pipeline({**ARCHITECTURES["sd3-medium"], "num_layers": blocks}, torch.float32, "meta"),
+        METHODS["unpatched"], 1024, 1,
+    )["total"]  # fmt: skip
+    width, tokens = 1536, 4096 + 333
+    assert of(3) - of(2) == pytest.approx(2 * (12 * width**2 * tokens + 2 * width * tokens**2), rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["channels-last", "compile", "reduce-overhead"])

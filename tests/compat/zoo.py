@@ -108,7 +108,8 @@ def runner(pipe, **arguments) -> Run:
 
     def run(**changes) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        output = pipe(**wanted | arguments | changes, generator=generator)
+        embedded = {n: x.to(pipe.dtype) for n, x in arguments.items() if n.endswith("_embeds")}
+        output = pipe(**wanted | arguments | embedded | changes, generator=generator)
         return torch.as_tensor(getattr(output, "images", getattr(output, "frames", None)))
 
     run.arguments = wanted | arguments

@@ -16,7 +16,8 @@ EXAMPLES = ROOT / "examples/vision"
 sys.path.insert(0, str(EXAMPLES))
 
 from emoji_scenes import CLASSES, Scenes  # noqa: E402
-from tasks import TASKS  # noqa: E402
+from tasks import TASKS, Classify, normalised  # noqa: E402
+from trained import load  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,24 @@ def test_training_goes_on_and_its_model_is_used(
             run(EXAMPLES / "detect.py", scene, *weights)
         table = run(EXAMPLES / "curves.py", output, "--output", tmp_path / "curves.png")
         assert "| 3 of 2 |" in table and (tmp_path / "curves.png").exists()
+
+
+def test_the_classifier_recognises_what_it_was_never_shown() -> None:
+    """The first five held-out emoji of each class, by their code points: a guess is right once in seven."""
+    file = EXAMPLES / "emoji_classifier.safetensors"
+    assert file.stat().st_size < 5e6
+    model, size = load(file, "classify")
+    scenes = Scenes(ROOT / "tests/vision/data/emoji", held_out=True, things=1, size=size, scales=Classify.scales)
+    assert scenes.labels.bincount().tolist() == [5] * len(CLASSES)
+    which = torch.arange(len(scenes.emoji)).repeat(4)[:, None]
+    right = model(normalised(scenes.draw(len(which), which).images)).argmax(1) == scenes.labels[which[:, 0]]
+    assert right.float().mean() > 0.4
+
+
+def test_the_quick_start_needs_no_arguments(tmp_path: Path, run: Callable[..., str], monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(EXAMPLES / "classify.py").endswith("wrote classified.png\n")
+    assert (tmp_path / "classified.png").exists()
 
 
 def test_benchmark_on_a_folder_of_images(tmp_path: Path, run: Callable[..., str]) -> None:
