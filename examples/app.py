@@ -15,7 +15,7 @@ import gradio as gr
 import torch
 from common import arguments, load
 from diffusers import AutoPipelineForText2Image
-from PIL import Image
+from PIL import Image, ImageChops
 
 import agentsd
 from agentsd.cli.pictures import psnr
@@ -23,6 +23,16 @@ from agentsd.cli.pictures import psnr
 PAPER = "paper's schedule"
 OTHERS = [name for name in agentsd.PRESETS if name != "balanced"]
 HEADINGS = ["", "seconds", "speed-up", "PSNR, dB"]
+AMPLIFIED = 8
+SNIPPET = """import agentsd
+import torch
+
+agentsd.apply_patch(pipe, {patch})
+generator = torch.Generator().manual_seed({seed})
+image = pipe(
+    {prompt!r}, num_inference_steps={steps}, guidance_scale={guidance:g}, generator=generator
+).images[0]
+"""
 
 
 class Comparison:
@@ -42,8 +52,8 @@ class Comparison:
         guidance: float,
         seed: float | None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how gradio finds it)
-    ) -> tuple[tuple[Image.Image, Image.Image], list[list[str]], str]:
-        """Both pictures, the figures, and the report as HTML."""
+    ) -> tuple[tuple[Image.Image, Image.Image], Image.Image, list[list[str]], str, str]:
+        """Both pictures, how they differ, the figures, the same as code, and the report as HTML."""
         if not prompt.strip():
             raise gr.Error("Write what to draw into the prompt.", print_exception=False)
         if seed is None or not 0 <= seed < 2**63:
@@ -66,7 +76,9 @@ class Comparison:
             ["unpatched", f"{seconds[0]:.2f}", "1.00x", ""],
             ["agentsd", f"{seconds[1]:.2f}", f"{seconds[0] / seconds[1]:.2f}x", f"{psnr(*images):.1f}"],
         ]
-        return (images[0], images[1]), rows, report
+        patch = ", ".join(f"{name}={value!r}" for name, value in {**settings, "seed": int(seed)}.items())
+        code = SNIPPET.format(patch=patch, prompt=prompt, steps=int(steps), guidance=guidance, seed=int(seed))
+        return (images[0], images[1]), difference(*images), rows, code, report
 
     def draw(self, label: str, prompt: str, steps: int, guidance: float, seed: int, progress: Any) -> Image.Image:
         def advance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +93,11 @@ class Comparison:
             generator=generator,
             callback_on_step_end=advance,
         ).images[0]
+
+
+def difference(a: Image.Image, b: Image.Image) -> Image.Image:
+    """Black where both are equal."""
+    return ImageChops.difference(a, b).point(lambda value: min(AMPLIFIED * value, 255))
 
 
 def page(pipe: Any, defaults: Any) -> gr.Blocks:
@@ -104,7 +121,9 @@ def page(pipe: Any, defaults: Any) -> gr.Blocks:
             with gr.Column(scale=3):
                 outputs = [
                     gr.ImageSlider(label="unpatched | agentsd", type="pil", interactive=False),
+                    gr.Image(label=f"Their difference, {AMPLIFIED} times as bright", height=200, interactive=False),
                     gr.Dataframe(headers=HEADINGS, label="Figures", interactive=False),
+                    gr.Code(label="To copy", language="python", interactive=False),
                     gr.HTML(label="What was patched"),
                 ]
         schedule.change(lambda name: gr.Group(visible=name == PAPER), schedule, of_paper)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import StableDiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageChops
 
 import agentsd
 
@@ -34,12 +34,17 @@ def comparison():
 def test_compare(comparison, schedule):
     steps = []
     progress = lambda done, desc: steps.append((desc, *done))
-    (plain, patched), rows, report = comparison(**GIVEN, schedule=schedule, progress=progress)
+    (plain, patched), unlike, rows, code, report = comparison(**GIVEN, schedule=schedule, progress=progress)
     assert plain.size == patched.size == (128, 128)
     assert [row[0] for row in rows] == ["unpatched", "agentsd"]
     assert steps == [(name, i, 2) for name in ("unpatched", "agentsd") for i in (1, 2)]
     assert "transformer blocks patched" in report
     assert not agentsd.report(comparison.pipe).patched
+    assert (unlike.getbbox() is None) == (ImageChops.difference(plain, patched).getbbox() is None)
+    names = {"pipe": comparison.pipe}
+    exec(code, names)  # what is to be copied draws the same image
+    agentsd.remove_patch(comparison.pipe)
+    assert ImageChops.difference(names["image"], patched).getbbox() is None
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,17 @@ def test_layers_with_processors_of_others_are_left_alone_and_the_report_says_so(
     assert not agentsd.report(pipe).patched
 
 
+@pytest.mark.parametrize(("backend", "alone"), [("native", False), ("_native_math", True)])
+def test_attention_with_another_back_end_is_left_alone(backend, alone):
+    net, inputs = make_transformer("flux"), transformer_inputs("flux")
+    for processor in net.attn_processors.values():  # as set_attention_backend does, and for other models, too
+        processor._attention_backend = backend
+    expected = Trajectory(net, "flux").call(0, inputs)
+    pipe = agentsd.apply_patch(Trajectory(net, "flux"), **SAMPLED)
+    assert torch.equal(pipe.call(0, inputs), expected) == alone
+    assert ("has a back end of its own" in str(agentsd.report(pipe))) == alone
+
+
 @pytest.mark.parametrize("name", ["merge_mlp", "merge_crossattn"])
 def test_what_joint_blocks_do_not_have_is_an_error(name):
     for kind in KINDS:
