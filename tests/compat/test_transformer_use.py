@@ -47,7 +47,7 @@ def on(pipe, run):
 
 
 def test_threads_and_pipelines_on_one_transformer(model, settings):
-    """Each image is the one made alone. Flux's calls do not say whose schedule they follow, and may be full instead."""
+    """Each image is the one made alone. Flux's calls do not say whose schedule they follow, and may be full."""
     pipe, run = MODELS[model]()
     pipes = [pipe, sibling(pipe)]
     draws = [on(one, run) for one in pipes]
