@@ -40,4 +40,8 @@ def test_rows_and_columns(section):
 
 def test_links_lead_somewhere():
     for link in re.findall(r"\]\((?!http)([^)]+)\)", PAGE):
-        assert (ROOT / "docs" / link).exists(), link
+        file, _, heading = link.partition("#")
+        path = ROOT / "docs" / file
+        assert path.exists(), link
+        headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE) if heading else []
+        assert heading in ["", *(re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings)], link
