@@ -107,7 +107,9 @@ def test_what_is_found_is_saved_and_given_back(pipe, tmp_path):
         with pytest.raises(ValueError, match="no settings to save"):
             result.save(path)
         result = replace(result, settings=CANDIDATES["balanced"])
-        agentsd.apply_patch(pipe, **result.settings)
+    else:
+        assert agentsd.report(pipe).patched or agentsd.report(pipe).settings.reuses
+    agentsd.apply_patch(pipe, **result.settings)
     applied = agentsd.report(pipe).settings
     result.save(path)
     for more in ({}, {"seed": 3}):
