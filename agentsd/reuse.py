@@ -89,9 +89,11 @@ class Reuse:
             if track.schedule == moment.schedule and track.follows(moment):
                 return track
         begin = moment.call if moment.calls is not None else 0
-        pace: Table | Controller = Table(self.settings, moment.calls, begin, not self.middle.lines)
+        pace: Table | Controller
         if self.settings.cache_tolerance:
             pace = Controller(self.settings, moment.calls, begin, self._order)
+        else:
+            pace = Table(self.settings, moment.calls, begin, not self.middle.lines)
         new = Track(moment.schedule, pace, moment.calls, moment.call, read_by=self._reader())
         others = [track for track in tracks if track.schedule != moment.schedule and not track.ended]
         tracks[:] = [*others[1 - MOST_TRACKS :], new]

@@ -134,17 +134,17 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, held: bool 
     Args:
         calls: of the whole schedule; None where nobody says, and then enough of them are planned.
         begin: the place in it of the first call that is made: img2img starts in the middle.
+        held: whether features are carried over as they were also where ``cache_order`` is 1.
     """
     interval = interval_of(settings.cache_interval, calls)
     made = range((calls or ENDLESS) - begin)
-    if settings.cache_order and held and calls is not None and len(made) >= EVEN_CALLS:
-        last = len(made) - 2
+    last = len(made) - 2 if calls is not None else 0
+    if settings.cache_order == 0 or (held and calls is None):
+        full = [i % interval == 0 for i in made]
+    elif held and len(made) >= EVEN_CALLS:
         gaps = max(1, last // interval)
         places = {(2 * last * i + gaps) // (2 * gaps) for i in range(gaps + 1)}
         full = [i in places for i in made]
-    elif settings.cache_order == 0 or (held and calls is None):
-        full = [i % interval == 0 for i in made]
     else:
-        last = len(made) - 2 if calls is not None else 0
         full = [i < 2 or (last - i) % interval == 0 for i in made]
     return (True,) * begin + tuple(full)
