@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate-scenes", type=int, default=1080)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], help="default: the task's own on a GPU, else no")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
     return parser.parse_args()
 
@@ -58,7 +59,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         set_seed(args.seed)
-        precision = TASKS[args.task].precision if torch.cuda.is_available() else "no"
+        precision = args.precision or (TASKS[args.task].precision if torch.cuda.is_available() else "no")
         torch.set_float32_matmul_precision("high")
         self.accelerator = Accelerator(mixed_precision=precision)
         self.args = args
@@ -76,6 +77,7 @@ class Run:
             "batch": self.task.batch,
             "pixels": self.task.size,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "precision": precision,
             "step": 0,
             "seconds": 0.0,
             "loss": [],
