@@ -56,7 +56,7 @@ class Reuse:
             if moment.mixed:
                 self._warn("the samples of a call are at several timesteps")
             return Call()
-        track = self._track(moment)
+        track = self._track(moment, inputs.loop)
         if track.read_by:
             self._warn(f"{track.read_by} reads the attention of a layer that cached calls skip")
             return Call()
@@ -83,10 +83,11 @@ class Reuse:
             # a graph of its own memory may write the next call's features where it wrote these
             call.lane.remember(call.features.clone() if call.borrowed else call.features)
 
-    def _track(self, moment: Moment) -> Track:
+    def _track(self, moment: Moment, loop: Tensor | None) -> Track:
         tracks: list[Track] = self._now.tracks
-        for track in tracks:
-            if track.schedule == moment.schedule and track.follows(moment):
+        for track in sorted(tracks, key=lambda track: track.loop() is not loop):  # a loop's own first
+            if track.may_be(moment.schedule, loop) and track.follows(moment):
+                track.loop = Weakly(loop)
                 return track
         begin = moment.call if moment.calls is not None else 0
         pace: Table | Controller
@@ -94,8 +95,8 @@ class Reuse:
             pace = Controller(self.settings, moment.calls, begin, self._order)
         else:
             pace = Table(self.settings, moment.calls, begin, not self.middle.lines)
-        new = Track(moment.schedule, pace, moment.calls, moment.call, read_by=self._reader())
-        others = [track for track in tracks if track.schedule != moment.schedule and not track.ended]
+        new = Track(moment.schedule, pace, moment.calls, moment.call, Weakly(loop), read_by=self._reader())
+        others = [track for track in tracks if not track.may_be(moment.schedule, loop) and not track.ended]
         tracks[:] = [*others[1 - MOST_TRACKS :], new]
         return new
 

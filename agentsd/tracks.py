@@ -14,6 +14,7 @@ from agentsd.control import Controller, Table
 from agentsd.features import Lane
 from agentsd.hosts import Inputs
 from agentsd.schedule import Moment
+from agentsd.wrapping import Weakly
 
 MOST_LANES = 4  # calls of one step; guidance makes two or three
 
@@ -66,6 +67,7 @@ class Track:
         pace: decides which calls are full.
         calls: how many the schedule has, where it says.
         call: the place of the last one.
+        loop: what its calls have in common (`agentsd.hosts.Inputs`), while the loop that made it holds it.
         lanes: the features of each of the calls that a step makes.
         read_by: what reads the attention of the middle, so that all calls are full.
         steady: whether the last two steps made as many calls.
@@ -75,11 +77,17 @@ class Track:
     pace: Table | Controller
     calls: int | None
     call: int
+    loop: Weakly[Tensor] = field(default_factory=lambda: Weakly(None))
     lanes: list[Step] = field(default_factory=list)
     read_by: str = ""
     steady: bool = False
     crowded: bool = False
     before: int = 0  # calls of the step before
+
+    def may_be(self, schedule: Hashable, loop: Tensor | None) -> bool:
+        """Whether nothing says that a call of this schedule and this loop is another trajectory's."""
+        mine = self.loop()  # None, too, where a loop makes it anew for each call
+        return self.schedule == schedule and (mine is None or loop is None or mine is loop)
 
     def follows(self, moment: Moment) -> bool:
         """Whether a call at ``moment`` may be this trajectory's next: of the same step, or of the one after it."""

@@ -67,6 +67,7 @@ class Inputs:
         packed: height and width of latents that come packed as tokens, (B, N, C).
         skipped: the blocks that the call leaves out: by these, too, calls of one step are told apart.
         divisor: by which the loop has divided the schedule's timestep, after casting it to the type it was given in.
+        loop: a tensor that a pipeline makes once an image, for all of its calls: loops are told apart by it.
     """
 
     sample: Tensor
@@ -76,6 +77,7 @@ class Inputs:
     packed: tuple[int, int] | None = None
     skipped: tuple[int, ...] = ()
     divisor: float = 1.0
+    loop: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:

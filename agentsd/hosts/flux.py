@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from agentsd.hosts.base import Inputs
 from agentsd.hosts.transformer import Transformer
+
+NOTED = "_agentsd_grid"  # on the ids themselves: a pipeline makes one tensor of them for all calls of an image
 
 
 class Flux(Transformer):
@@ -26,9 +27,9 @@ class Flux(Transformer):
         if named.get("img_ids") is None:
             return None
         x = named["hidden_states"]
-        rows, columns = _grid(named["img_ids"], x.shape[1])
-        text = named.get("encoder_hidden_states")
-        return Inputs(x, named["timestep"], text, packed=(2 * rows, 2 * columns), divisor=1000.0)
+        ids, text = named["img_ids"], named.get("encoder_hidden_states")
+        rows, columns = _grid(ids, x.shape[1])
+        return Inputs(x, named["timestep"], text, packed=(2 * rows, 2 * columns), divisor=1000.0, loop=ids)
 
     def patch_size(self, net: Any) -> int:
         """Latents are packed by the pipeline, and ``patch_size`` is 1."""
@@ -43,12 +44,17 @@ def _grid(ids: Tensor, tokens: int) -> tuple[int, int]:
     """
     if ids.is_meta or isinstance(ids, FakeTensor):  # these have no values
         return 1, tokens
-    return _read(ids, tokens, 0 if ids.is_inference() else ids._version)
+    found: tuple[int, int] | None
+    asked = (tokens, 0 if ids.is_inference() else ids._version)
+    before, found = getattr(ids, NOTED, (None, None))
+    if found is None or before != asked:
+        found = _read(ids, tokens)
+        setattr(ids, NOTED, (asked, found))
+    return found
 
 
-@lru_cache(maxsize=4)
-def _read(ids: Tensor, tokens: int, version: int) -> tuple[int, int]:
-    """Once an image, which has one tensor of them for all of its calls: reading waits for the device."""
+def _read(ids: Tensor, tokens: int) -> tuple[int, int]:
+    """It waits for the device."""
     ids = ids.reshape(-1, ids.shape[-1])[:tokens].float().cpu()  # a batch repeats them
     image = ids[: int((ids[:, 0] == ids[0, 0]).long().cumprod(0).sum()), 1:]
     rows, columns = (len(set(image[:, axis].tolist())) for axis in (0, 1))

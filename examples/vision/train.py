@@ -42,7 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate-scenes", type=int, default=1080)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], help="default: the task's own on a GPU, else no")
+    parser.add_argument(
+        "--precision", choices=["no", "bf16", "fp16"], help="default: the task's own on a GPU, else no"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the state in --output")
     return parser.parse_args()
 
