@@ -19,6 +19,8 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from agentsd.cli.pictures import side_by_side
+
 EXTRACTOR = "efficientnet-lite0"
 GROUPS = 10  # left out in turn, to tell how sure a distance is
 MOST_DB = 100.0  # that of equal images, of which no PSNR can be had
@@ -137,6 +139,17 @@ def against_unpatched(images: Path, unpatched: Path) -> tuple[dict[str, float], 
         psnrs += psnr((a - b).double().square().mean((1, 2, 3)).numpy()).tolist()
         ssims += structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").flatten().tolist()
     return {**of_psnrs(np.array(psnrs)), "SSIM": float(np.mean(ssims))}, [round(value, 2) for value in psnrs]
+
+
+def worst(folders: dict[str, Path], unpatched: Path, psnrs: dict[str, list[float]], count: int = 5) -> Image.Image:
+    """A picture of each method's worst images, beneath the unpatched ones."""
+    rows: list[tuple[str, list[Image.Image]]] = []
+    for name, folder in folders.items():
+        found = sorted(zip(psnrs[name], sorted(folder.glob("*.png")), strict=True))[:count]
+        rows.append(("unpatched", [Image.open(unpatched / path.name) for _, path in found]))
+        values = ", ".join(f"{value:.1f}" for value, _ in found)
+        rows.append((f"{name}: {values} dB", [Image.open(path) for _, path in found]))
+    return side_by_side(rows, [""] * count)
 
 
 def psnr(squared: np.ndarray) -> np.ndarray:

@@ -112,6 +112,10 @@ def how_faithful(results: list[Result]) -> tuple[str, dict[str, str]]:
     if listed is not None:
         pictures["images"] = distribution(listed)
         parts.append("Each image for itself, the worst at the left:\n\n![PSNR of each image](plots/images.svg)")
+        if "worst" in listed:
+            many = listed["settings"]["images"]
+            parts.append(f"<details><summary>The worst of these {many} images, beneath the unpatched ones</summary>")
+            parts.append(f"![The worst images of each method]({listed['worst']})\n\n</details>")
     return "\n\n".join([*parts, metrics_table(found, QUALITY)]), pictures
 
 

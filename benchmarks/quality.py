@@ -194,7 +194,12 @@ def measure(study: Study, methods: dict[str, Method], prompts: list[str]) -> dic
             more, missing = metrics.learned(folder, unpatched, prompts, study.clip)
             notes += [line for line in missing if line not in notes]
             rows.append({"method": name, "ratio": method.ratio, "metrics": values | more, "psnr": psnrs})
-    return {"rows": rows, "notes": notes}
+    found = {"rows": rows, "notes": notes}
+    if shown := {row["method"]: row["psnr"] for row in rows if row["psnr"]}:
+        picture = study.path.with_suffix(".jpg")
+        metrics.worst({name: study.folder_of(name) for name in shown}, unpatched, shown).save(picture, quality=80)
+        found["worst"] = picture.name
+    return found
 
 
 def main() -> None:

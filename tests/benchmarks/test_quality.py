@@ -39,6 +39,18 @@ def test_quality(images):
     assert metrics["FD-EffNetLite0"] > 0
 
 
+def test_the_worst_image_is_shown_beneath_the_unpatched_one(images):
+    result = json.loads((images / "quality.json").read_text())
+    sheet = Image.open(images / result["worst"])
+    (psnrs,) = (row["psnr"] for row in result["rows"] if row["psnr"])
+    head, side = 26, 192
+    for row, method in enumerate(("unpatched", "agentsd-fast")):
+        shown = sheet.crop((8, head + row * (head + side), 8 + side, (row + 1) * (head + side)))
+        made = [Image.open(path).resize(shown.size) for path in sorted((images / method).glob("*.png"))]
+        far = [np.abs(np.asarray(shown, dtype=float) - np.asarray(image)).mean() for image in made]
+        assert np.argmin(far) == np.argmin(psnrs)
+
+
 def test_resumed_equals_uninterrupted(images, tmp_path):
     """Killed after one image, in the middle of the next: the rest is made, nothing twice."""
     method = tmp_path / "agentsd-fast"
