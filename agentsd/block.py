@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -13,9 +14,9 @@ from agentsd.checkpointing import RecordedPlans
 from agentsd.hosts import Site
 from agentsd.joint import JointAttnProcessor, Part
 from agentsd.joint import possible as possible_joint
-from agentsd.matching import Edges, bipartite_soft_matching
+from agentsd.matching import Edges, Matching, bipartite_soft_matching
 from agentsd.merge import merge, unmerge
-from agentsd.planner import BlockPlan, Call, Now, Running
+from agentsd.planner import BlockPlan, Call, Matched, Now, Running
 from agentsd.processor import AgentAttnProcessor, keeper, possible
 from agentsd.settings import Settings
 
@@ -93,7 +94,9 @@ class PatchedBlock:
             plan = None
         if call is None:  # in a backward pass
             call = self._now.call = Call()
-        call.running = Running(plan, x) if plan is not None else None
+        # a graph matches in each of its calls: what it kept could be overwritten by the next
+        kept = {} if torch.compiler.is_compiling() else call.matched
+        call.running = Running(plan, x, kept.setdefault(self.index, Matched())) if plan is not None else None
 
     def _fits(self, x: Tensor, plan: BlockPlan) -> bool:
         return x.shape[1] == plan.counts.tokens
@@ -108,10 +111,24 @@ class PatchedBlock:
         return call.running if call is not None else None
 
     def _edges(self, running: Running) -> Edges:
-        if running.edges is None:
-            running.edges = bipartite_soft_matching(running.x, running.plan.partition)
-        edges: Edges = running.edges
+        if running.matched.edges is None:
+            x = running.x[:, : running.plan.counts.tokens]  # Kontext's reference tokens come after the image's
+            running.matched.edges = bipartite_soft_matching(x, running.plan.partition)
+        edges: Edges = running.matched.edges
         return edges
+
+    def _merging(self, running: Running) -> Matching:
+        if running.matched.merging is None:
+            running.matched.merging = self._edges(running).cut(running.plan.counts.merged)
+        merging: Matching = running.matched.merging
+        return merging
+
+    def _agents(self, running: Running) -> Matching:
+        if running.matched.agents is None:
+            counts = running.plan.counts
+            running.matched.agents = self._edges(running).cut(counts.tokens - counts.agents)
+        agents: Matching = running.matched.agents
+        return agents
 
     def _before_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running, merges = self._running(), self.settings.merge_attn
@@ -129,8 +146,7 @@ class PatchedBlock:
         if counts.keys:
             return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, running.plan.partition.dst)}
         if counts.agents:
-            agents = self._edges(running).cut(counts.tokens - counts.agents)
-            running.agents = merge(args[0], agents)
+            running.agents = merge(args[0], self._agents(running))
             self._processor.take_over(attn)
         return self._merged(running, args, kwargs)
 
@@ -149,17 +165,15 @@ class PatchedBlock:
         return self._merged(running, args, kwargs)
 
     def _merged(self, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if running.matching is None:
-            running.matching = self._edges(running).cut(running.plan.counts.merged)
         running.merged = True
-        return (merge(args[0], running.matching), *args[1:]), kwargs
+        return (merge(args[0], self._merging(running)), *args[1:]), kwargs
 
     def _unmerge(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         running = self._running()
         if running is None or not running.merged:
             return output
         running.merged = False
-        return unmerge(output, running.matching)
+        return unmerge(output, self._merging(running))
 
     def _has_mask(self, kwargs: dict[str, Any]) -> bool:
         """Whether the layer has a mask over its image tokens, which fits neither merged nor sampled ones.
@@ -209,12 +223,6 @@ class JointBlock(PatchedBlock):
         """Kontext's reference tokens come after the image's."""
         return x.shape[1] >= plan.counts.tokens
 
-    def _edges(self, running: Running) -> Edges:
-        if running.edges is None:
-            x = running.x[:, : running.plan.counts.tokens]
-            running.edges = bipartite_soft_matching(x, running.plan.partition)
-        return super()._edges(running)
-
     def _before_joint_attention(
         self, processor: JointAttnProcessor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -231,10 +239,8 @@ class JointBlock(PatchedBlock):
         self.aside.pop("processor", None)  # it has another since
         matching = agents = None
         if not counts.keys:
-            if running.matching is None:
-                running.matching = self._edges(running).cut(counts.merged)
-            matching = running.matching
-            agents = self._edges(running).cut(counts.tokens - counts.agents) if counts.agents else None
+            matching = self._merging(running)
+            agents = self._agents(running) if counts.agents else None
         running.joint = Part(before, running.plan.partition, matching, agents)
         processor.take_over(attn)
         return None

@@ -30,10 +30,10 @@ def _reasons(settings: Settings) -> dict[str, tuple[str, ...]]:
     """Why some settings do nothing, the widest reason first, and which these are."""
     around = ("merge_attn", "merge_crossattn", "merge_mlp")
     cells = CELLS if settings.agent_steps == 0 else ("agent_steps", *CELLS)  # who wants no agents has none
-    merging: tuple[str, ...] = (*cells, *around)
+    merging: tuple[str, ...] = (*cells, *around, "match_interval")
     nothing = "ratio=0"
     if nowhere := not any(getattr(settings, name) for name in around):
-        merging, nothing = ("ratio", *cells), "merge_attn, merge_crossattn and merge_mlp all False"
+        merging, nothing = ("ratio", *cells, "match_interval"), "merge_attn, merge_crossattn and merge_mlp all False"
     merges = settings.ratio > 0 and not nowhere
     holds = {
         f"with {nothing} no attention is patched": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,13 @@ class Matching:
 
     group: Tensor
     shape: tuple[int, int, int]
+
+    @cached_property
+    def by_group(self) -> tuple[Tensor, Tensor]:
+        """(B * N,) the tokens sorted by group, and (B * M,) where in there each group begins."""
+        sorted_groups, members = self.group.sort(stable=True)
+        groups = torch.arange(self.shape[0] * self.shape[2], device=self.group.device)
+        return members, torch.searchsorted(sorted_groups, groups)
 
 
 @dataclass(frozen=True)

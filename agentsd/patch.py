@@ -57,7 +57,8 @@ class Patch:
             (JointBlock if site.joint else PatchedBlock)(index, site, settings, self._now, said)
             for index, site in enumerate(selected)
         ]
-        self.reuse = Reuse(settings, self.middle, self._now) if settings.reuses else None
+        keeps = settings.reuses or settings.match_interval > 1
+        self.reuse = Reuse(settings, self.middle, self._now) if keeps else None
         self.capture = Capture(self._now) if settings.cuda_graphs else None
 
     def attach(self, net: nn.Module) -> None:
@@ -103,7 +104,7 @@ class Patch:
     @outside_the_graph
     def _before_call(self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_tracing()
-        if self.reuse is not None and getattr(net, "_is_replica", False):  # its middle would be the original's
+        if self.settings.reuses and getattr(net, "_is_replica", False):  # its middle would be the original's
             raise RuntimeError(
                 "agentsd: features cannot be reused in replicas of torch.nn.DataParallel. Give each device a pipeline "
                 "of its own, or use DistributedDataParallel or cache_interval=1."
@@ -173,7 +174,7 @@ class Patch:
                 f"ratio={settings.ratio:g} of {size[0]}x{size[1]} latents merges no token. Use a larger image, a "
                 "larger ratio, or smaller strides."
             )
-        elif self.reuse is None:
+        elif not settings.reuses:
             why = (
                 f"its layers have {most} tokens and fewer, and below min_tokens={settings.min_tokens} a patch costs "
                 "more than it gains. Give min_tokens=0 to patch them all the same."

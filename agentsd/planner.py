@@ -126,12 +126,28 @@ def generator(seed: int, step: int, index: int) -> torch.Generator:
 
 
 @dataclass
+class Matched:
+    """How a block's tokens were matched: in this call, or in one of the calls before.
+
+    Attributes:
+        edges: `agentsd.matching.Edges`.
+        merging: the `agentsd.matching.Matching` around its layers.
+        agents: that into agents.
+    """
+
+    edges: Any = None
+    merging: Any = None
+    agents: Any = None
+
+
+@dataclass
 class Running:
     """One call of a block, as far as it has come.
 
     Attributes:
         plan: of the block.
         x: (B, N, C), the input of the block, by which its tokens are matched.
+        matched: so far.
         merged: whether the layer that runs has merged tokens, which are to be unmerged.
         agents: (B, A, C), for the self-attention that `agentsd.processor.AgentAttnProcessor` has taken over.
         joint: `agentsd.joint.Part`, for the joint attention that `agentsd.joint.JointAttnProcessor` has taken over.
@@ -139,8 +155,7 @@ class Running:
 
     plan: BlockPlan
     x: Tensor
-    edges: Any = None
-    matching: Any = None
+    matched: Matched = field(default_factory=Matched)
     merged: bool = False
     agents: Tensor | None = None
     joint: Any = None
@@ -154,6 +169,7 @@ class Call:
         cached: whether it reuses deep features.
         blocks: the plans of the patched blocks that are changed in it, by their index.
         running: the block that runs.
+        matched: what is known of the blocks' tokens from calls before, by their index; the call adds to it.
         features: what stands for the middle in a cached call, or is to be remembered of a full one.
         lane: where they come from, and go to.
         begins: whether it is the first of its trajectory.
@@ -167,6 +183,7 @@ class Call:
     cached: bool = False
     blocks: dict[int, BlockPlan] = field(default_factory=dict)
     running: Running | None = None
+    matched: dict[int, Matched] = field(default_factory=dict)
     features: Tensor | None = None
     lane: Lane | None = None
     begins: bool = False

@@ -28,7 +28,11 @@ MOST_TRACKS = 4  # trajectories whose calls may come in turns, in each thread
 
 
 class Reuse:
-    """Decides which calls are full, and answers for the middle in the others."""
+    """Decides which calls are full, and answers for the middle in the others.
+
+    It also tells which calls may keep the matching of the one before (``match_interval``); where that is all, the
+    middle is empty, and every call full.
+    """
 
     def __init__(self, settings: Settings, middle: Middle, now: Now) -> None:
         self.settings = settings
@@ -42,6 +46,8 @@ class Reuse:
     def attach(self, net: nn.Module) -> list[tuple[nn.Module, Wrap]]:
         """Let the middle be skipped; `Wrap.undo` of each undoes it."""
         self._net = Weakly(net)
+        if not self.settings.reuses:
+            return []
         middle = self.middle
         answers: dict[str, Callable[..., Any]] = dict.fromkeys(middle.unread, self._unread)
         answers[middle.last] = self._unread if middle.reader else self._last
@@ -68,7 +74,7 @@ class Reuse:
         track.step_to(moment.call)
         lane = track.lane(Condition.of(inputs), self._order, self.settings.cache_tolerance > 0)
         lane.begin()
-        planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
+        planned = not self.settings.reuses or track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
         lane.due = lane.due or not cached
         self._count(full=not cached)
@@ -76,7 +82,12 @@ class Reuse:
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
         begins = lane.calls == 0 and len(track.lanes) == 1  # guidance may make another call in the same step
-        return Call(cached, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes)
+        step = moment.step if moment.calls is not None else lane.calls
+        part = self.settings.phase_at(moment).name, step // self.settings.match_interval
+        matched = lane.matched_in(part) if self.settings.match_interval > 1 else {}
+        return Call(
+            cached, matched=matched, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes
+        )
 
     def after_call(self, call: Call) -> None:
         if not call.cached and call.features is not None and call.lane is not None:
@@ -108,13 +119,14 @@ class Reuse:
 
     def _count(self, full: bool) -> None:
         self._full = self._full + 1 if full else 0
-        if self._full >= 2 * interval_of(self.settings.cache_interval) + 4:
+        if self.settings.reuses and self._full >= 2 * interval_of(self.settings.cache_interval) + 4:
             self._warn(f"none of the last {self._full} calls follows another of the same trajectory")
 
     def _warn(self, why: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"agentsd reuses no features: {why}.", stacklevel=2)
+            what = "reuses no features" if self.settings.reuses else "keeps no matching"
+            warnings.warn(f"agentsd {what}: {why}.", stacklevel=2)
 
     def _unread(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._now.call

@@ -16,7 +16,16 @@ from agentsd.schedule import Moment, Phase
 
 MIN_TOKENS = 1024  # where the paper's schedule is as fast as fused attention, as measured (benchmarks/NOTES.md)
 # the settings that say how tokens are merged, and are idle where keys and values are sampled instead
-MERGING = {"ratio", "agent_ratio", "k_scale2", "k_shortcut", "merge_attn", "merge_crossattn", "merge_mlp"}
+MERGING = {
+    "ratio",
+    "agent_ratio",
+    "k_scale2",
+    "k_shortcut",
+    "merge_attn",
+    "merge_crossattn",
+    "merge_mlp",
+    "match_interval",
+}
 
 # named settings, chosen by measuring speed against fidelity (benchmarks/NOTES.md)
 REUSED = {"agent_steps": 0.0, "cache_order": 1, "cache_cell": 2}
@@ -50,6 +59,9 @@ class Settings:
         seed: of these draws. None follows ``torch.manual_seed``. Neither torch's global generators nor the one given
             to the pipeline are advanced.
         merge_attn, merge_crossattn, merge_mlp: merge tokens around self-attention, cross-attention, feed-forward.
+        match_interval: match tokens in every ``match_interval``-th step alone, and merge the same ones in the steps
+            between, which saves the time that a GPU waits for Python (the idea is ToMA's: Lu et al. 2025, arXiv
+            2509.10918). 1 is the reference. Compiled calls, and those under gradients, match each time.
         sample_kv: instead of merging, let every token attend to the dst tokens alone, one of each cell: token
             downsampling (Smith et al. 2024, arXiv 2402.13573) with a new draw in every block and step.
         min_tokens: leave the attention of layers with fewer tokens as it is, since there the patch costs more than it
@@ -99,6 +111,7 @@ class Settings:
     merge_attn: bool = True
     merge_crossattn: bool = False
     merge_mlp: bool = False
+    match_interval: int = 1
     sample_kv: bool = False
     min_tokens: int = MIN_TOKENS
     cache_interval: float = 1.0
@@ -156,6 +169,9 @@ class Settings:
         every = "1 (all calls are full), 2, 3, ... calls, or a share of the trajectory, above 0 and at most 0.5"
         in_range = 0 < self.cache_interval <= 0.5 or (self.cache_interval >= 1 and self.cache_interval.is_integer())
         _require(in_range, "cache_interval", self.cache_interval, every)
+        _require(self.match_interval >= 1, "match_interval", self.match_interval, "1 (match in every call) or more")
+        graphs = "1, since recorded calls match each time: leave out match_interval or cuda_graphs"
+        _require(self.match_interval == 1 or not self.cuda_graphs, "match_interval", self.match_interval, graphs)
         _require(self.cache_branch >= 0, "cache_branch", self.cache_branch, "0 (the outermost layer) or more")
         orders = "0 (features as they were) or 1 (extrapolated)"
         _require(self.cache_order in (0, 1), "cache_order", self.cache_order, orders)

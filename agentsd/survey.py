@@ -36,7 +36,7 @@ def report(model: Any, measure: bool = False) -> Report:
     for prefix, other in controlnets_of(model).items():
         layers += [replace(layer, name=f"{prefix}.{layer.name}") for layer in _controlnet_layers(other, measure)]
     full = most_full(USUAL_STEPS, patch.settings, not patch.middle.lines)
-    share = patch.host.outer_share(net, patch.middle, *patch.latent_size) if patch.reuse is not None else 1.0
+    share = patch.host.outer_share(net, patch.middle, *patch.latent_size) if patch.settings.reuses else 1.0
     kept = patch.reuse.nbytes if patch.reuse is not None else 0
     return Report(patch.settings, patch.latent_size, tuple(layers), full, share, patch.calls, kept)
 

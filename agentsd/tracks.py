@@ -51,11 +51,19 @@ class Condition:
 
 @dataclass
 class Step(Lane):
-    """A lane, and whose it is."""
+    """A lane, and whose it is; and how its blocks' tokens were matched, in which part of the trajectory."""
 
     condition: Condition = field(kw_only=True)
     shapes: dict[str, Any] = field(default_factory=dict)
     used: bool = True  # in the present step
+    matched: dict[int, Any] = field(default_factory=dict)
+    part: Hashable = None
+
+    def matched_in(self, part: Hashable) -> dict[int, Any]:
+        """By the index of a block, for the calls of this part; they add to it."""
+        if self.part != part:
+            self.part, self.matched = part, {}
+        return self.matched
 
 
 @dataclass

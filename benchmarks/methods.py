@@ -47,6 +47,7 @@ METHODS: dict[str, Method] = {
     "unpatched, 1/3 of the steps": Method(unpatched, settings={"steps": "1/3"}, share=1 / 3),
     "tomesd r=0.4": tome(0.4),
     "agentsd r=0.4 (the paper's schedule)": agent(),
+    "agentsd r=0.4, match_interval=2": agent(match_interval=2),
     "agentsd r=0.4, agents in all steps": agent(agent_steps=1.0),
     "agentsd r=0.4, merging in all steps": agent(agent_steps=0.0),
     "agentsd r=0.4, MLP and cross-attention merged, too": replace(

@@ -44,6 +44,7 @@ PARAMETERS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("merge_attn, merge_crossattn", {"agent_steps": 0, "merge_crossattn": True}),
         ("max_downsample=2", {"agent_steps": 0, "max_downsample": 2}),
     ],
+    "match_interval": [(f"match_interval={n}", {"match_interval": n}) for n in (1, 2, 5, 10)],
     "sample_kv": [
         (f"sample_kv, cells {n}x{n}", {"sample_kv": True, "sx": n, "sy": n, "agent_sx": n, "agent_sy": n})
         for n in (2, 3, 4, 8)

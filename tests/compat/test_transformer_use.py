@@ -14,7 +14,11 @@ import agentsd
 from agentsd import capture
 from agentsd.patch import patch_of
 
-SETTINGS = {"agents": {"seed": 0}, "balanced": {"seed": 0, "preset": "balanced"}}
+SETTINGS = {
+    "agents": {"seed": 0},
+    "kept": {"seed": 0, "match_interval": 3},
+    "balanced": {"seed": 0, "preset": "balanced"},
+}
 TRANSFORMED = tuple(model for model in MODELS if model != "UNet")
 
 
@@ -222,6 +226,7 @@ def test_cuda_graphs_are_refused_on_a_cpu_in_one_line(model):
         assert torch.equal(run(), expected)
 
 
+@pytest.mark.parametrize("settings", ["agents", "balanced"], indirect=True)
 @pytest.mark.parametrize("name", ["Stable Diffusion 3.5", "skip-layer guidance", "Flux", "SD 3 ControlNet"])
 def test_recorded_calls_are_the_same_image(name, settings, monkeypatch):
     """By a recorder that calls again; kinds of calls are recorded once, in the first image."""

@@ -20,13 +20,14 @@ import checks
 
 SETTINGS = {
     "agents": {"seed": 0},
+    "kept": {"seed": 0, "match_interval": 3},
     "sampling": {"seed": 0, "preset": "few_steps"},
     "reuse": {"seed": 0, "ratio": 0, "cache_interval": 2},
     "balanced": {"seed": 0, "preset": "balanced"},
     "fast": {"seed": 0, "preset": "fast", "merge_mlp": True},
     "adaptive": {"seed": 0, "preset": "adaptive", "cache_tolerance": 0.05},
 }
-REUSING = {name: SETTINGS[name] for name in ("reuse", "balanced", "fast", "adaptive")}
+REUSING = {name: SETTINGS[name] for name in ("kept", "reuse", "balanced", "fast", "adaptive")}
 SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler,
     "DDPM": diffusers.DDPMScheduler,
