@@ -70,7 +70,7 @@ class Tuning:
         return found
 
     def __str__(self) -> str:
-        rows = [("", "seconds", "speed-up", f"worst of {self.images}, dB", "mean, dB")]
+        rows = [("settings", "seconds", "speed-up", f"worst of {self.images}, dB", "mean, dB")]
         for trial in self.trials:
             decibels = (f"{trial.worst:.1f}", f"{trial.mean:.1f}") if math.isfinite(trial.worst) else ("same", "same")
             rows.append((trial.name, f"{trial.seconds:.2f}", f"{trial.speedup:.2f}x", *decibels))

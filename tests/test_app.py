@@ -128,8 +128,9 @@ def test_wrong_input_is_a_message(actions, pipe, wrong, message):
 
 @pytest.fixture(scope="module")
 def served(pipe):
-    """The page's address, and its pipeline."""
-    blocks = page(pipe, GIVEN["prompt"], 0, {"num_inference_steps": 2, "guidance_scale": 4.0}, seconds=1)
+    """The page's address; its images are small."""
+    small = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 64, "width": 64}
+    blocks = page(pipe, GIVEN["prompt"], 0, small, seconds=1)
     url = blocks.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", share=False)[1]
     yield url
     blocks.close()
@@ -230,7 +231,7 @@ def test_what_tune_finds_can_be_chosen_in_that_tab(tab, monkeypatch, pipe, setti
     tuning = agentsd.Tuning(settings, "this is why", 1, (trial,), (), ())
     monkeypatch.setattr(agentsd, "tune", lambda pipe, target, **how: given.update(how, target=target) or tuning)
     one = tab()
-    schedule, tried, code = one.predict(**GIVEN, target=" 2x ", api_name="/tune")
+    code, schedule, tried = one.predict(**GIVEN, target=" 2x ", api_name="/tune")
     assert (given["target"], set(given["prompts"])) == ("2x", {GIVEN["prompt"]})
     assert (given["num_inference_steps"], given["guidance_scale"], given["seed"]) == (2, 4.0, 1)
     assert "this is why" in str(tried)

@@ -22,7 +22,7 @@ from agentsd.tuning import WARM_UP
 PAPER, TUNED = "paper's schedule", "tuned"
 PRESETS = ["balanced", *(name for name in agentsd.PRESETS if name != "balanced")]
 SCHEDULES = [*PRESETS, PAPER]
-HEADINGS = ["", "seconds", "speed-up", "PSNR, dB"]
+HEADINGS = ["", "time, s", "speed-up", "PSNR, dB"]
 TUNED_IMAGES = 4
 SNIPPET = """import agentsd
 import torch
@@ -30,7 +30,9 @@ import torch
 agentsd.apply_patch(pipe, {patch})
 generator = torch.Generator().manual_seed({seed})
 image = pipe(
-    {prompt!r}, {arguments}, generator=generator
+    {prompt!r},
+    {arguments},
+    generator=generator,
 ).images[0]
 """
 
@@ -91,7 +93,7 @@ class Actions:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, Any, Any, Any]:
-        """The settings found, the schedules with these among them, what was tried, and the same as code."""
+        """Code with the settings found, these, the schedules with these among them, and what was tried."""
         arguments, seed = self.of_the_image(prompt, steps, guidance, seed)
         started: list[float] = []
 
@@ -105,9 +107,9 @@ class Actions:
             found = agentsd.tune(pipe, target.strip() or None, progress=False, **how, **arguments, **after_step)
         tried = gr.Code(str(found), visible=True)
         if found.settings is None:  # what was found before remains
-            return gr.skip(), gr.skip(), tried, gr.skip()
+            return gr.skip(), gr.skip(), gr.skip(), tried
         code = snippet(options.seeded(found.settings, seed), prompt, arguments, seed)
-        return found.settings, gr.Radio([*SCHEDULES, TUNED], value=TUNED), tried, code
+        return code, found.settings, gr.Radio([*SCHEDULES, TUNED], value=TUNED), tried
 
     def cancel(self, request: gr.Request) -> None:
         self.shared.cancel(owner(request))
@@ -138,8 +140,8 @@ def settings_of(schedule: str, ratio: float, agent_steps: float, tuned: Settings
 
 
 def snippet(patch: Settings, prompt: str, arguments: dict[str, Any], seed: int) -> str:
-    given, call = (", ".join(f"{name}={value!r}" for name, value in some.items()) for some in (patch, arguments))
-    return SNIPPET.format(patch=given, prompt=prompt, arguments=call, seed=seed)
+    given, call = ([f"{name}={value!r}" for name, value in some.items()] for some in (patch, arguments))
+    return SNIPPET.format(patch=", ".join(given), prompt=prompt, arguments=",\n    ".join(call), seed=seed)
 
 
 @contextmanager
@@ -183,15 +185,18 @@ def page(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any], seconds: 
                 slider = gr.ImageSlider(label="unpatched | agentsd", type="pil", format="png", interactive=False)
                 unlike = f"Their difference, {pictures.AMPLIFIED} times as bright"
                 difference = gr.Image(label=unlike, format="png", height=200, interactive=False)
-                figures = gr.Dataframe(headers=HEADINGS, label="Figures", interactive=False)
+                figures = gr.Dataframe(headers=HEADINGS, label="Figures", wrap=True, interactive=False)
                 code = gr.Code(label="To copy", language="python", interactive=False)
                 tried = gr.Code(label="What was tried on this machine", interactive=False, visible=False)
                 report = gr.HTML(label="What was patched")
         schedule.change(lambda name: gr.Group(visible=name == PAPER), schedule, of_paper, api_visibility="private")
-        alone = {"concurrency_id": "pipeline", "concurrency_limit": 1}  # each waits for the others of all tabs
+        # each waits for the others of all tabs
+        how: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
         inputs = [*image, schedule, ratio, agent_steps, tuned]
-        comparing = compare_button.click(actions.compare, inputs, [slider, difference, figures, code, report], **alone)
-        tuning = tune_button.click(actions.tune, [*image, target], [tuned, schedule, tried, code], **alone)
+        outputs = [slider, difference, figures, code, report]
+        comparing = compare_button.click(actions.compare, inputs, outputs, show_progress_on=slider, **how)
+        outputs = [code, tuned, schedule, tried]
+        tuning = tune_button.click(actions.tune, [*image, target], outputs, show_progress_on=code, **how)
         # of these Gradio takes out of the queue what waits; what runs ends by `SharedPipeline`
         cancel_button.click(actions.cancel, None, None, cancels=[comparing, tuning], queue=False)
         blocks.unload(actions.cancel)
