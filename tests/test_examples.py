@@ -10,8 +10,8 @@ from PIL import Image
 EXAMPLES = ROOT / "examples"
 SCRIPTS = ["text_to_image", "img2img", "inpaint", "controlnet", "lora", "with_deepcache", "sdxl"]
 SLOW = ["compiled"]  # by the C++ compiler
-NEEDS = {"lora": "peft", "with_deepcache": "DeepCache", "app": "gradio"}
-OTHERS = {"quickstart", "app", "common"}  # which have tests of their own, or none to run
+NEEDS = {"lora": "peft", "with_deepcache": "DeepCache"}
+OTHERS = {"quickstart", "common"}  # which have tests of their own, or none to run
 
 
 def test_every_example_is_tested():

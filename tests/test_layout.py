@@ -13,7 +13,15 @@ ALGORITHM = {"schedule", "matching", "merge", "attention", "features", "control"
 OTHERS = {  # that import other packages than PyTorch and diffusers
     "vision": {"torch", "timm", "torchvision"},  # an extra
     "tuning": {"torch", "tqdm"},
-    "cli": {"torch", "diffusers", "accelerate", "tqdm", "numpy", "PIL"},  # which diffusers brings
+    "cli": {
+        "torch",
+        "diffusers",
+        "accelerate",
+        "tqdm",
+        "numpy",
+        "PIL",
+        "gradio",
+    },  # the last an extra, for one command
 }
 MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "schedule": "",

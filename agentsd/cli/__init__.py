@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 
 import agentsd
-from agentsd.cli import bench, compare, generate, info, report, tune
+from agentsd.cli import app, bench, compare, generate, info, report, tune
 from agentsd.cli.options import CommandError, Parser
 
-COMMANDS = (generate, compare, tune, report, info, bench)
+COMMANDS = (generate, compare, tune, app, report, info, bench)
 STOPPED = 130  # the exit code of a program that was interrupted
 
 

@@ -156,7 +156,7 @@ def patch_of(args: argparse.Namespace) -> dict[str, Any] | None:
         if given:
             raise CommandError(f"--set {args.set[0]}: there is no patch with --preset {UNPATCHED}")
         return None
-    settings: dict[str, Any] = {"seed": args.seed} if "seed" in args else {}
+    settings: dict[str, Any] = {}
     if name.endswith(".json"):  # as `agentsd.tune` saves them
         try:
             agentsd.Settings.of(Path(name), {})
@@ -168,14 +168,21 @@ def patch_of(args: argparse.Namespace) -> dict[str, Any] | None:
             allowed = ", ".join((*agentsd.PRESETS, PAPER, UNPATCHED))
             raise CommandError(f"--preset {name}: expected one of {allowed}, or a file of `agentsd tune`")
         settings["preset"] = name
-    settings |= given
     try:
-        chosen = agentsd.Settings.of(settings.get("preset"), {k: v for k, v in settings.items() if k != "preset"})
+        return seeded(settings | given, args.seed if "seed" in args else None)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from None
-    if "seed" not in given and idle(chosen, settings.keys() & {"seed"}):
-        del settings["seed"]  # nobody asked for it
-    return settings
+
+
+def seeded(settings: dict[str, Any], seed: int | None) -> dict[str, Any]:
+    """Arguments of `agentsd.apply_patch`, tried, with a seed for its random draws if it makes any.
+
+    Raises:
+        TypeError, ValueError: as `agentsd.apply_patch`.
+    """
+    both = settings if seed is None else {"seed": seed, **settings}
+    chosen = agentsd.Settings.of(both.get("preset"), {k: v for k, v in both.items() if k != "preset"})
+    return settings if idle(chosen, both.keys() & {"seed"}) else both
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -9,18 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from agentsd.cli.options import CommandError, require_folder
 
 KEY = "agentsd"  # of the metadata in a PNG
+AMPLIFIED = 8
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal images."""
     error = float(np.square(np.asarray(a, dtype=np.float64) - np.asarray(b)).mean())
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def difference(a: Image.Image, b: Image.Image) -> Image.Image:
+    """Black where both are equal, and elsewhere `AMPLIFIED`."""
+    return ImageChops.difference(a, b).point(lambda value: min(AMPLIFIED * value, 255))
 
 
 def save(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
