@@ -82,7 +82,7 @@ def qualities(results: list[Result]) -> list[Result]:
 def metrics_table(found: list[Result], names: dict[str, str]) -> str:
     """A row for each method, a column for each metric and number of steps that has any."""
     pairs = [(r, key) for r in found for key in names if any(key in row["metrics"] for row in r["rows"])]
-    head = [f"{names[key]}, {r['settings']['steps']} steps" for r, key in pairs]
+    head = [f"{names[key]}, {r['settings']['steps']} steps, {r['settings']['images']} images" for r, key in pairs]
     rows: Rows = [("method", *head)]
     for name in MAIN:
         of = [next((row["metrics"] for row in r["rows"] if row["method"] == name), {}) for r, _ in pairs]
