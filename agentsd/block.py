@@ -94,8 +94,8 @@ class PatchedBlock:
             plan = None
         if call is None:  # in a backward pass
             call = self._now.call = Call()
-        # a graph matches in each of its calls: what it kept could be overwritten by the next
-        kept = {} if torch.compiler.is_compiling() else call.matched
+        # a backward pass runs several calls' blocks again as one; what a graph kept, its next call could overwrite
+        kept = call.matched if call.lane is not None and not torch.compiler.is_compiling() else {}
         call.running = Running(plan, x, kept.setdefault(self.index, Matched())) if plan is not None else None
 
     def _fits(self, x: Tensor, plan: BlockPlan) -> bool:

@@ -34,6 +34,25 @@ def worst_error(estimate: Tensor, features: Tensor) -> Tensor:
     return worst
 
 
+def secant(before: Tensor, now: Tensor) -> Tensor:
+    """How a sum's second part follows its first, for each sample and channel: by least squares over the tokens.
+
+    Args:
+        before, now: (2, B, N, C), the input of the middle and what the middle adds to it, at two full calls.
+
+    Returns:
+        (B, 1, C), between -1 and 1.
+    """
+    moved, added = now - before
+    slope: Tensor = (moved * added).sum(1, keepdim=True) / moved.square().sum(1, keepdim=True).clamp_min(1e-9)
+    return slope.clamp(-1, 1)
+
+
+def along(line: Tensor, x: Tensor) -> Tensor:
+    """What the middle adds to its input (B, N, C) by a line, (B, 1 + N, C): the slope, and what is added at 0."""
+    return line[:, 1:] + line[:, :1] * x
+
+
 @dataclass
 class Lane:
     """The deep features of one of the calls that a step makes: guidance may take two, of different prompts.
@@ -45,6 +64,9 @@ class Lane:
         age: how many calls ago the latest are.
         calls: how many there were before the present one.
         due: whether a full call was begun that has not remembered anything yet.
+        follows: whether features are (2, B, N, C), the input of the middle and what the middle adds to it. Then they
+            are estimated by how that followed its input between the last two full calls, and not in time.
+        slope: of that.
         measures: whether full calls compare the features with their estimate.
         error: of the estimate at the last full call, where it was compared.
     """
@@ -56,6 +78,8 @@ class Lane:
     age: int = 0
     calls: int = -1
     due: bool = True
+    follows: bool = False
+    slope: Tensor | None = None
     measures: bool = False
     error: Arriving | None = None
 
@@ -71,7 +95,9 @@ class Lane:
         known = (
             self.measures and self.latest is not None and not (features.is_meta or isinstance(features, FakeTensor))
         )
-        self.error = Arriving(worst_error(self.estimate(), features)) if known else None
+        self.error = Arriving(self._worst_error(features)) if known else None
+        if self.follows:
+            self.slope = torch.zeros_like(features[0, :, :1]) if self.latest is None else secant(self.latest, features)
         self.previous = self.latest if self.order and self.calls > 1 else None
         self.latest, self.gap, self.age, self.due = features, self.age, 0, False
 
@@ -85,10 +111,19 @@ class Lane:
         """
         if self.latest is None:
             raise ValueError("there are no features before a full call has been remembered")
+        if self.slope is not None:
+            x, added = self.latest
+            return torch.cat((self.slope, added - self.slope * x), dim=1)
         if self.previous is None:
             return self.latest.clone()
         return torch.lerp(self.previous, self.latest, 1 + min(self.age / self.gap, 1))
 
+    def _worst_error(self, features: Tensor) -> Tensor:
+        if self.follows:
+            x, added = features
+            return worst_error(along(self.estimate(), x), added)
+        return worst_error(self.estimate(), features)
+
     @property
     def nbytes(self) -> int:
-        return sum(features.nbytes for features in (self.latest, self.previous) if features is not None)
+        return sum(features.nbytes for features in (self.latest, self.previous, self.slope) if features is not None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -75,17 +74,20 @@ class Matching:
     Attributes:
         group: (B * N,) the group of each token; groups of sample b are ``b * M .. (b + 1) * M - 1``.
         shape: (B, N, M).
+        members: (B * N,) the tokens sorted by group.
+        starts: (B * M,) where among the members each group begins.
     """
 
     group: Tensor
     shape: tuple[int, int, int]
+    members: Tensor
+    starts: Tensor
 
-    @cached_property
-    def by_group(self) -> tuple[Tensor, Tensor]:
-        """(B * N,) the tokens sorted by group, and (B * M,) where in there each group begins."""
-        sorted_groups, members = self.group.sort(stable=True)
-        groups = torch.arange(self.shape[0] * self.shape[2], device=self.group.device)
-        return members, torch.searchsorted(sorted_groups, groups)
+    @classmethod
+    def of(cls, group: Tensor, shape: tuple[int, int, int]) -> Matching:
+        sorted_groups, members = group.sort(stable=True)
+        groups = torch.arange(shape[0] * shape[2], device=group.device)
+        return cls(group, shape, members, torch.searchsorted(sorted_groups, groups))
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Edges:
         dst_group = torch.arange(num_dst, device=device).expand(batch, -1)
         group = torch.cat((dst_group, src_group), dim=1).index_select(1, self.partition.inverse)
         first = torch.arange(batch, device=device)[:, None] * groups
-        return Matching((group + first).flatten(), (batch, tokens, groups))
+        return Matching.of((group + first).flatten(), (batch, tokens, groups))
 
 
 @torch.no_grad()

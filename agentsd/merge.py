@@ -18,10 +18,9 @@ def merge(x: Tensor, matching: Matching) -> Tensor:
     rows = x.reshape(batch * tokens, -1)
     if x.device.type == "mps":  # has an embedding bag only in the newest PyTorch
         return means_by_adding(rows, matching).to(x.dtype).view(batch, groups, -1)
-    members, starts = matching.by_group
     if x.dtype == torch.float16 and x.device.type == "cpu":  # stores the sum before it divides: large groups overflow
         rows = rows.float()
-    means = F.embedding_bag(members, rows, starts, mode="mean")
+    means = F.embedding_bag(matching.members, rows, matching.starts, mode="mean")
     return means.to(x.dtype).view(batch, groups, -1)
 
 

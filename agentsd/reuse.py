@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from agentsd.control import Controller, Table
+from agentsd.features import along
 from agentsd.hosts import Inputs, Middle
 from agentsd.planner import Call, Now
 from agentsd.processor import keeper
@@ -39,6 +40,7 @@ class Reuse:
         self.middle = middle
         self._now = now
         self._order = settings.cache_order if middle.lines else 0
+        self._follows = settings.cache_order > 0 and not middle.lines
         self._net: Weakly[nn.Module] = Weakly(None)
         self._full = 0  # calls in a row
         self._warned = False
@@ -72,7 +74,7 @@ class Reuse:
                 "each follows. Give their samples in fewer, larger calls"
             )
         track.step_to(moment.call)
-        lane = track.lane(Condition.of(inputs), self._order, self.settings.cache_tolerance > 0)
+        lane = track.lane(Condition.of(inputs), self._order, self.settings.cache_tolerance > 0, self._follows)
         lane.begin()
         planned = not self.settings.reuses or track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
@@ -103,7 +105,7 @@ class Reuse:
         begin = moment.call if moment.calls is not None else 0
         pace: Table | Controller
         if self.settings.cache_tolerance:
-            pace = Controller(self.settings, moment.calls, begin, self._order)
+            pace = Controller(self.settings, moment.calls, begin, self._order or int(self._follows))
         else:
             pace = Table(self.settings, moment.calls, begin, not self.middle.lines)
         new = Track(moment.schedule, pace, moment.calls, moment.call, Weakly(loop), read_by=self._reader())
@@ -159,9 +161,13 @@ class Reuse:
         if call is None or call.shapes is None or call.entered is None:
             return forward(x, *args, **kwargs)
         if call.cached and call.features is not None:
-            return forward((call.entered + call.features).to(call.entered.dtype), *args, **kwargs)
+            x = call.entered
+            added = along(call.features, x) if self._follows else call.features
+            return forward((x + added).to(x.dtype), *args, **kwargs)
         call.borrowed = torch.compiler.is_compiling()
-        call.features = x.detach().float() - call.entered.detach().float()
+        entered = call.entered.detach().float()
+        added = x.detach().float() - entered
+        call.features = torch.stack((entered, added)) if self._follows else added
         return forward(x, *args, **kwargs)
 
     @property

@@ -134,7 +134,7 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, held: bool 
     Args:
         calls: of the whole schedule; None where nobody says, and then enough of them are planned.
         begin: the place in it of the first call that is made: img2img starts in the middle.
-        held: whether features are carried over as they were also where ``cache_order`` is 1.
+        held: whether features follow no line in time also where ``cache_order`` is 1.
     """
     interval = interval_of(settings.cache_interval, calls)
     made = range((calls or ENDLESS) - begin)

@@ -124,7 +124,7 @@ class Track:
         """Whether the call at this place of the trajectory is full."""
         return self.pace.full(place, (lane.error for lane in self.lanes if lane.error is not None))
 
-    def lane(self, condition: Condition, order: int, measures: bool) -> Step:
+    def lane(self, condition: Condition, order: int, measures: bool, follows: bool) -> Step:
         """The lane of the next call. One that nothing is known of is new, and its first call will be full."""
         alike = [lane for lane in self.lanes if lane.condition.is_in_memory_of(condition)]
         alike = alike or [lane for lane in self.lanes if lane.condition.equals(condition)]
@@ -137,5 +137,5 @@ class Track:
         self.lanes = [lane for lane in self.lanes if id(lane) not in unsure]
         if len(self.lanes) == MOST_LANES:
             self.lanes, self.crowded = [], True
-        self.lanes.append(Step(order, measures=measures, condition=condition))
+        self.lanes.append(Step(order, measures=measures, follows=follows, condition=condition))
         return self.lanes[-1]

@@ -82,7 +82,7 @@ def qualities(results: list[Result]) -> list[Result]:
 def metrics_table(found: list[Result], names: dict[str, str]) -> str:
     """A row for each method, a column for each metric and number of steps that has any."""
     pairs = [(r, key) for r in found for key in names if any(key in row["metrics"] for row in r["rows"])]
-    head = [f"{names[key]}, {r['settings']['steps']} steps" for r, key in pairs]
+    head = [f"{names[key]}, {r['settings']['steps']} steps, {r['settings']['images']} images" for r, key in pairs]
     rows: Rows = [("method", *head)]
     for name in MAIN:
         of = [next((row["metrics"] for row in r["rows"] if row["method"] == name), {}) for r, _ in pairs]
@@ -112,11 +112,16 @@ def how_faithful(results: list[Result]) -> tuple[str, dict[str, str]]:
     if listed is not None:
         pictures["images"] = distribution(listed)
         parts.append("Each image for itself, the worst at the left:\n\n![PSNR of each image](plots/images.svg)")
-        if "worst" in listed:
-            many = listed["settings"]["images"]
-            parts.append(f"<details><summary>The worst of these {many} images, beneath the unpatched ones</summary>")
-            parts.append(f"![The worst images of each method]({listed['worst']})\n\n</details>")
+        parts += worst_images(listed)
     return "\n\n".join([*parts, metrics_table(found, QUALITY)]), pictures
+
+
+def worst_images(result: Result) -> list[str]:
+    if "worst" not in result:
+        return []
+    above = f"The worst of these {result['settings']['images']} images, beneath the unpatched ones"
+    picture = f"![The worst images of each method]({result['worst']})"
+    return [f"<details><summary>{above}</summary>", picture, "</details>"]
 
 
 def how_good(results: list[Result]) -> tuple[str, dict[str, str]]:
@@ -164,7 +169,7 @@ def on_transformers(results: list[Result]) -> tuple[str, dict[str, str]]:
         rows += [(name, *(f"{of[name]:.2f}x" if name in of else "" for of in saved)) for name in names]
         parts += ["Counted, and not timed. TaylorSeer skips attention alone.", markdown(rows)]
     for r in (r for r in results if r["kind"] == "quality" and "sd3" in r["settings"]["model"]):
-        parts += [f"PSNR to the unpatched images, in dB: {title(r)}.", markdown(quality_rows(r))]
+        parts += [f"PSNR to the unpatched images, in dB: {title(r)}.", markdown(quality_rows(r)), *worst_images(r)]
     for r in (r for r in results if r["kind"] == "exactness"):
         parts += [EXACT, markdown(exactness_rows(r))]
     return "\n\n".join(["## Transformers", *parts]) if parts else "", {}

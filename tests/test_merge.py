@@ -75,5 +75,5 @@ def test_gradients_are_those_of_a_mean():
 def test_large_groups_keep_their_mean(dtype, tokens):
     """More tokens than bfloat16 can count (256) or than float16 can sum."""
     x = (torch.randn(1, tokens, 4, generator=torch.Generator().manual_seed(0)) + 20).to(dtype)
-    merged = merge(x, Matching(torch.zeros(tokens, dtype=torch.long), (1, tokens, 1)))
+    merged = merge(x, Matching.of(torch.zeros(tokens, dtype=torch.long), (1, tokens, 1)))
     torch.testing.assert_close(merged.double(), x.double().mean(1, keepdim=True), rtol=torch.finfo(dtype).eps, atol=0)

@@ -8,7 +8,7 @@ from conftest import image, make_img2img, make_pipeline, make_scheduler, make_un
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
 import agentsd
-from agentsd.features import Lane
+from agentsd.features import Lane, along
 from agentsd.hosts import UNet
 from agentsd.schedule import EVEN_CALLS, full_calls, interval_of
 
@@ -365,6 +365,25 @@ def test_the_interval_counts_each_lane_alone():
         for inputs in prompts:
             unet(**{**inputs, "timestep": timestep})
     assert calls == [True, True, False, False, True, True]
+
+
+def test_what_is_added_follows_its_input_where_order_is_1():
+    """A sum that is a line of its input in each channel is estimated as it is; inputs that stay leave it as it was."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.rand(*shape, generator=generator)
+    slope, offset, inputs = 1.8 * draw(2, 1, 4) - 0.9, draw(2, 6, 4), draw(5, 2, 6, 4)
+    lane = Lane(order=0, follows=True)
+    for i, x in enumerate(inputs):
+        lane.begin()
+        if i > 1:
+            torch.testing.assert_close(along(lane.estimate(), x), slope * x + offset)
+        if i < 3:
+            lane.remember(torch.stack((x, slope * x + offset)))
+    held = Lane(order=0, follows=True)
+    for _ in range(2):
+        held.begin()
+        held.remember(torch.stack((inputs[0], offset)))
+        assert torch.equal(along(held.estimate(), inputs[1]), offset)
 
 
 @pytest.mark.parametrize("calls", [5, 13, 20, 28, 50, None])

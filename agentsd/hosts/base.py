@@ -41,8 +41,8 @@ class Middle:
         reader: the module after the middle, where its first argument is the input of the middle and what that adds to
             it. The deep features are then this difference, and nothing reads the output of ``last`` either: so they
             hold what ControlNets add in between, and it does not matter which modules a call leaves out.
-        lines: whether features follow a line from call to call, as measured; elsewhere they are carried over as they
-            were, whatever ``cache_order`` says.
+        lines: whether features follow a line in time, as measured; elsewhere ``cache_order`` 1 has them follow their
+            input, of which ``reader`` tells.
     """
 
     unread: tuple[str, ...]

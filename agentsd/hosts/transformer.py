@@ -63,7 +63,7 @@ class Transformer:
     def middle(self, net: Any, branch: int) -> Middle:
         """The first block and ``branch`` more run. All others are skipped, together with what ControlNets add between
         them: what they make of their input is a sum, which the norm after the last block reads. The text ends there.
-        A line leads such sums astray (benchmarks/NOTES.md).
+        A line in time leads such sums astray (benchmarks/NOTES.md).
         """
         names = [name for name, _ in _blocks(net)]
         if not hasattr(net, ENDS):

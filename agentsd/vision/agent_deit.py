@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from agentsd.vision.attention import AgentAttention, Grid
-from agentsd.vision.build import build, default_cfg, resize_square
+from agentsd.vision.build import build, default_cfg, grid_told, resize_positions
 
 
 class BlockAttention(AgentAttention):
@@ -63,7 +63,9 @@ class AgentDeiT(VisionTransformer):
     def _resize_loaded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         key = f"{prefix}pos_embed"
         if key in state_dict:
-            state_dict[key] = resize_square(state_dict[key], self.patch_embed.grid_size, self.num_prefix_tokens)
+            told = grid_told(state_dict, f"{prefix}blocks.0.attn")
+            others = 0 if self.no_embed_class else self.num_prefix_tokens
+            state_dict[key] = resize_positions(state_dict[key], self.patch_embed.grid_size, told, others)
 
 
 def _create(variant: str, pretrained: bool, **options: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from timm.models.pvt_v2 import Attention
 from torch import Tensor, nn
 
 from agentsd.vision.attention import Grid, ReducedAgentAttention, stretch, to_map
-from agentsd.vision.build import build, default_cfg, resize_square
+from agentsd.vision.build import build, default_cfg, grid_told, resize_positions
 from agentsd.vision.pyramid import Block, Pyramid
 
 DIMS = (64, 128, 320, 512)
@@ -90,7 +90,8 @@ class AgentPVT(Pyramid):
         for stage in range(self.num_stages):
             key = f"{prefix}pos_embed{stage + 1}"
             if key in state_dict:
-                state_dict[key] = resize_square(state_dict[key], self.grid(stage))
+                told = grid_told(state_dict, f"{prefix}block{stage + 1}.0.attn")
+                state_dict[key] = resize_positions(state_dict[key], self.grid(stage), told)
 
 
 def _create(variant: str, pretrained: bool, **options: Any) -> nn.Module:

@@ -6,18 +6,30 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
 from agentsd.vision.attention import AgentAttention, Grid
-from agentsd.vision.build import build, default_cfg
+from agentsd.vision.build import build, default_cfg, resize_positions
 from agentsd.vision.pyramid import Block, Pyramid
 
 DOWNSTREAM_AGENTS = ((9, 9), (12, 12), (14, 14), (7, 7))
+
+
+def sides(window: Grid) -> Grid:
+    """Rows and columns of the table of relative positions in a window."""
+    return 2 * window[0] - 1, 2 * window[1] - 1
+
+
+def window_of(index: Tensor) -> Grid:
+    """The (rows, columns) of the window whose relative positions (N, N) these are: places in the table."""
+    behind = index[0, 0] - index[0]  # of the first row 0, 1, 2 ...; the next begins a row of the table further
+    columns = int((behind == torch.arange(len(behind), device=index.device)).sum())
+    return len(behind) // columns, columns
 
 
 class WindowBlock(SwinTransformerBlock):
@@ -41,15 +53,15 @@ class WindowBlock(SwinTransformerBlock):
         return super()._attn(x)[:, :height, :width]
 
     def _resize_loaded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        key, index = (f"{prefix}attn.relative_position_{name}" for name in ("bias_table", "index"))
+        if key in state_dict:
+            told = sides(window_of(state_dict[index])) if index in state_dict else None
+            state_dict[key] = resize_positions(state_dict[key][None], sides(self.window_size), told)[0]
         for name, buffer in self.named_buffers():
             if f"{prefix}norm1.weight" in state_dict:  # both follow from the window: keep those that were built
                 state_dict[prefix + name] = buffer
         if self.attn_mask is None:
             state_dict.pop(f"{prefix}attn_mask", None)
-        key = f"{prefix}attn.relative_position_bias_table"
-        if key in state_dict:
-            shape = self.attn.relative_position_bias_table.shape
-            state_dict[key] = resize_rel_pos_bias_table_simple(state_dict[key], self.window_size, shape)
 
 
 class Stage(nn.Module):

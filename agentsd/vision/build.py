@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from agentsd.vision.attention import Grid
+from agentsd.vision.attention import Grid, to_map, to_tokens
 
 
 def default_cfg(**options: Any) -> dict[str, Any]:
@@ -37,14 +38,27 @@ def default_cfg(**options: Any) -> dict[str, Any]:
     }
 
 
-def resize_square(position: Tensor, grid: Grid, class_tokens: int = 0) -> Tensor:
-    """(1, class_tokens + S * S, C) -> (1, class_tokens + H * W, C), bicubically, as the paper's fine-tuning does."""
-    side = isqrt(position.shape[1] - class_tokens)
-    if (side, side) == grid or side * side + class_tokens != position.shape[1]:
-        return position  # the right one, or one whose wrong shape load_state_dict will tell
-    return resample_abs_pos_embed(
-        position, list(grid), [side, side], class_tokens, antialias=False, align_corners=False
-    )
+def resize_positions(x: Tensor, grid: Grid, told: Grid | None = None, others: int = 0) -> Tensor:
+    """(1, others + H0 * W0, C) -> (1, others + H * W, C), bicubically, as the paper's fine-tuning does.
+
+    Args:
+        grid: (H, W).
+        told: (H0, W0), where the checkpoint says so. Elsewhere it is `grid` if the number fits, or else a square.
+        others: class tokens in front, which stay.
+    """
+    number = x.shape[1] - others
+    side = isqrt(max(number, 0))
+    source = next((size for size in (told, grid, (side, side)) if size and size[0] * size[1] == number), grid)
+    if source == grid:
+        return x  # the right one, or one whose wrong shape load_state_dict will tell
+    resized = F.interpolate(to_map(x[:, others:].float(), source), grid, mode="bicubic", align_corners=False)
+    return torch.cat([x[:, :others], to_tokens(resized).to(x.dtype)], 1)
+
+
+def grid_told(state_dict: Mapping[str, Tensor], attention: str) -> Grid | None:
+    """The (H, W) that the agent attention of that name was built for, by the biases of its rows and columns."""
+    rows, columns = state_dict.get(f"{attention}.ha_bias"), state_dict.get(f"{attention}.wa_bias")
+    return (rows.shape[2], columns.shape[3]) if rows is not None and columns is not None else None
 
 
 # The authors' training saves its configuration beside the weights. Read as a plain dictionary, it does no harm, and

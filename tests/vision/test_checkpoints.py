@@ -93,6 +93,54 @@ def test_another_size(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     assert model(image(*size)).isfinite().all()
 
 
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [(64, 96), (64, 256), (256, 64)])  # 4 x 16 positions are 8 x 8, too
+def test_a_rectangle_loads_what_it_has_saved(name: str, size: tuple[int, int]) -> None:
+    official = official_state(created(name, img_size=size))
+    model = created(name, img_size=size)
+    model.load_state_dict(official)
+    assert equal(model.state_dict(), official)
+
+
+def positions(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Of each table of positions that is resized bicubically: the tokens in front, its rows and its columns."""
+    found = {}
+    for key in model.state_dict():
+        if key == "pos_embed":
+            found[key] = (1, *model.patch_embed.grid_size)
+        elif key.startswith("pos_embed"):
+            found[key] = (0, *model.grid(int(key[-1]) - 1))
+        elif key.endswith("relative_position_bias_table"):
+            rows, columns = model.get_submodule(key.rpartition(".attn.")[0]).window_size
+            found[key] = (0, 2 * rows - 1, 2 * columns - 1)
+    return found
+
+
+def turned(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The positions of ``model`` with rows for columns."""
+    tables = {}
+    for key, (others, rows, columns) in positions(model).items():
+        x = state[key].flatten(0, -2)
+        grid = x[others:].unflatten(0, (rows, columns)).transpose(0, 1).flatten(0, 1)
+        tables[key] = torch.cat([x[:others], grid]).view_as(state[key])
+    return tables
+
+
+@pytest.mark.parametrize("name", ["agent_deit_tiny", "agent_pvt_tiny", "agent_swin_tiny"])
+@pytest.mark.parametrize("size", [(96, 64), (128, 192), (128, 128)])
+def test_a_rectangle_is_stretched_from_its_own_grid(name: str, size: tuple[int, int]) -> None:
+    """The checkpoint of a portrait in the place of a landscape's gives the landscape's positions, turned."""
+    landscape, portrait = created(name, img_size=(64, 96)), created(name, img_size=(96, 64))
+    official = official_state(landscape)
+    model, other = created(name, img_size=size), created(name, img_size=size[::-1])
+    model.load_state_dict(official)
+    other.load_state_dict({**official_state(portrait), **turned(official, landscape)})
+    found = turned(model.state_dict(), model)
+    assert found
+    for key, table in found.items():
+        torch.testing.assert_close(table, other.state_dict()[key])
+
+
 @pytest.mark.parametrize("features", [False, True])
 def test_what_is_no_checkpoint_of_the_model_is_an_error(features: bool, tmp_path: Path) -> None:
     state = official_state(created("agent_pvt_tiny"))
