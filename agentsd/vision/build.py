@@ -8,13 +8,13 @@ from math import isqrt
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from agentsd.vision.attention import Grid, to_map, to_tokens
+from agentsd.vision.attention import Grid
 
 
 def default_cfg(**options: Any) -> dict[str, Any]:
@@ -51,8 +51,7 @@ def resize_positions(x: Tensor, grid: Grid, told: Grid | None = None, others: in
     source = next((size for size in (told, grid, (side, side)) if size and size[0] * size[1] == number), grid)
     if source == grid:
         return x  # the right one, or one whose wrong shape load_state_dict will tell
-    resized = F.interpolate(to_map(x[:, others:].float(), source), grid, mode="bicubic", align_corners=False)
-    return torch.cat([x[:, :others], to_tokens(resized).to(x.dtype)], 1)
+    return resample_abs_pos_embed(x, list(grid), list(source), others, antialias=False, align_corners=False)
 
 
 def grid_told(state_dict: Mapping[str, Tensor], attention: str) -> Grid | None:
