@@ -111,24 +111,23 @@ class PatchedBlock:
         return call.running if call is not None else None
 
     def _edges(self, running: Running) -> Edges:
-        if running.matched.edges is None:
-            x = running.x[:, : running.plan.counts.tokens]  # Kontext's reference tokens come after the image's
-            running.matched.edges = bipartite_soft_matching(x, running.plan.partition)
-        edges: Edges = running.matched.edges
-        return edges
+        matched, plan = running.matched, running.plan
+        if matched.edges is None:
+            x = running.x[:, : plan.counts.tokens]  # Kontext's reference tokens come after the image's
+            matched.edges = bipartite_soft_matching(x, plan.partition)
+        return matched.edges
 
     def _merging(self, running: Running) -> Matching:
-        if running.matched.merging is None:
-            running.matched.merging = self._edges(running).cut(running.plan.counts.merged)
-        merging: Matching = running.matched.merging
-        return merging
+        matched, counts = running.matched, running.plan.counts
+        if matched.merging is None:
+            matched.merging = self._edges(running).cut(counts.merged)
+        return matched.merging
 
     def _agents(self, running: Running) -> Matching:
-        if running.matched.agents is None:
-            counts = running.plan.counts
-            running.matched.agents = self._edges(running).cut(counts.tokens - counts.agents)
-        agents: Matching = running.matched.agents
-        return agents
+        matched, counts = running.matched, running.plan.counts
+        if matched.agents is None:
+            matched.agents = self._edges(running).cut(counts.tokens - counts.agents)
+        return matched.agents
 
     def _before_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running, merges = self._running(), self.settings.merge_attn

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agentsd.features import Lane
-from agentsd.matching import Partition, partitions
+from agentsd.matching import Edges, Matching, Partition, partitions
 from agentsd.schedule import Counts, Moment, Phase
 from agentsd.settings import Settings
 
@@ -127,17 +127,16 @@ def generator(seed: int, step: int, index: int) -> torch.Generator:
 
 @dataclass
 class Matched:
-    """How a block's tokens were matched: in this call, or in one of the calls before.
+    """How a block's tokens were matched, as far as was asked: in this call, or in one of the calls before.
 
     Attributes:
-        edges: `agentsd.matching.Edges`.
-        merging: the `agentsd.matching.Matching` around its layers.
-        agents: that into agents.
+        merging: around its layers.
+        agents: into agents.
     """
 
-    edges: Any = None
-    merging: Any = None
-    agents: Any = None
+    edges: Edges | None = None
+    merging: Matching | None = None
+    agents: Matching | None = None
 
 
 @dataclass

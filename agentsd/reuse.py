@@ -84,12 +84,11 @@ class Reuse:
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
         begins = lane.calls == 0 and len(track.lanes) == 1  # guidance may make another call in the same step
-        step = moment.step if moment.calls is not None else lane.calls
-        part = self.settings.phase_at(moment).name, step // self.settings.match_interval
-        matched = lane.matched_in(part) if self.settings.match_interval > 1 else {}
-        return Call(
-            cached, matched=matched, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes
-        )
+        call = Call(cached, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes)
+        if self.settings.match_interval > 1:
+            step = moment.step if moment.calls is not None else lane.calls
+            call.matched = lane.matched_in((self.settings.phase_at(moment).name, step // self.settings.match_interval))
+        return call
 
     def after_call(self, call: Call) -> None:
         if not call.cached and call.features is not None and call.lane is not None:
