@@ -27,7 +27,8 @@ SETTINGS = {
     "fast": {"seed": 0, "preset": "fast", "merge_mlp": True},
     "adaptive": {"seed": 0, "preset": "adaptive", "cache_tolerance": 0.05},
 }
-REUSING = {name: SETTINGS[name] for name in ("kept", "reuse", "balanced", "fast", "adaptive")}
+REUSING = {name: SETTINGS[name] for name in ("reuse", "balanced", "fast", "adaptive")}
+KEEPING = {"kept": SETTINGS["kept"], **REUSING}  # anything from one call to the next
 SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler,
     "DDPM": diffusers.DDPMScheduler,

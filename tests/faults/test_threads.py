@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import image, make_pipeline, make_unet, unet_inputs
-from situations import MAIN, REUSING, SETTINGS, inputs_of, is_one_of, pair, scheduler, sibling, sweep
+from situations import KEEPING, MAIN, REUSING, SETTINGS, inputs_of, is_one_of, pair, scheduler, sibling, sweep
 
 import agentsd
 
@@ -170,7 +170,7 @@ def in_turns(unet, order, users, kinds=("DDIM", "DDIM")):
 
 @pytest.mark.parametrize("through", ["pipeline", "UNet"])
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("name", sweep(REUSING, ["reuse"]))
+@pytest.mark.parametrize("name", sweep(KEEPING, ["reuse"]))
 def test_nothing_of_one_loop_shows_in_the_other(name, order, through):
     """Two images whose calls come in turns: another second image leaves the first as it was."""
     found = []
@@ -193,7 +193,7 @@ def test_without_reuse_loops_in_turns_are_each_alone(name, order, kinds):
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
-@pytest.mark.parametrize("name", REUSING)
+@pytest.mark.parametrize("name", KEEPING)
 def test_an_image_made_in_the_callback_of_another(name):
     """A preview by a second pipeline on the same UNet, inside of an image of the first: both are those made alone."""
     alone = []
@@ -230,7 +230,7 @@ def test_a_layer_that_another_thread_has_taken_over_does_what_was_planned(settin
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("name", [name for name in REUSING if name != "kept"])
+@pytest.mark.parametrize("name", REUSING)
 def test_replicas_reuse_no_features(name):
     """`torch.nn.DataParallel` copies what a module has, so that a replica's middle would be the original's."""
     replica = agentsd.apply_patch(make_unet(), **SETTINGS[name])._replicate_for_data_parallel()

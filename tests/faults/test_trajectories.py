@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import embeddings, image, make_img2img, make_pipeline, make_unet
 from situations import (
+    KEEPING,
     MAIN,
-    REUSING,
     SCHEDULERS,
     SETTINGS,
     Stopped,
@@ -269,7 +269,7 @@ def test_what_ran_before_a_trajectory_does_not_show_in_it(name, before):
 
 
 @pytest.mark.parametrize("kind", ["DDIM", "PNDM", "Euler"])
-@pytest.mark.parametrize("name", sweep(REUSING, ["reuse"]))
+@pytest.mark.parametrize("name", sweep(KEEPING, ["reuse"]))
 def test_a_warm_up_of_a_pipeline_s_unet_does_not_show(kind, name):
     """A direct call at the first timestep of the schedule, which is set, then a loop of one's own over it."""
     found = []
@@ -294,7 +294,7 @@ def stepped(pipe) -> torch.Tensor:
     return inputs["sample"]
 
 
-@pytest.mark.parametrize("name", REUSING)
+@pytest.mark.parametrize("name", KEEPING)
 def test_a_warm_up_before_guidance_in_two_calls_does_not_show(name):
     """One call of somebody else at the first timestep, then two at every timestep."""
     twice = [timestep for timestep in TIMESTEPS for _ in range(2)]
@@ -351,7 +351,7 @@ def test_a_copied_unet_starts_an_image_of_its_own(name, calls, copied):
 
 
 @pytest.mark.parametrize("copied", COPIED.values(), ids=COPIED)
-@pytest.mark.parametrize("name", REUSING)
+@pytest.mark.parametrize("name", KEEPING)
 def test_a_copied_unet_that_starts_where_the_original_was(name, copied):
     """The copy's timesteps go on from those of the original's image, but the image is another: none of it shows."""
     found = []
