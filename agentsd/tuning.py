@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from agentsd.apply import apply_patch, patched, without_patch
 from agentsd.models import denoiser_of
+from agentsd.patch import patch_of
+from agentsd.settings import Settings
 from agentsd.trials import Trial, Tuning, choose, parse_target
 
 PROMPTS = ("a red fox in the snow", "a harbour at night", "portrait of an old sailor", "a bowl of fruit on a table")
@@ -26,7 +28,6 @@ CANDIDATES: Mapping[str, dict[str, Any]] = {
     "adaptive": {"preset": "adaptive"},
     "quality": {"preset": "quality"},
     "fast": {"preset": "fast"},
-    "adaptive, cache_tolerance=0.6": {"preset": "adaptive", "cache_tolerance": 0.6},
     "balanced, cache_interval=2": {"preset": "balanced", "cache_interval": 2},
     "balanced, cache_interval=0.2": {"preset": "balanced", "cache_interval": 0.2},
     "adaptive, cache_tolerance=0.15": {"preset": "adaptive", "cache_tolerance": 0.15},
@@ -108,8 +109,9 @@ def tune(
         if steps >= 4:
             trials.append(attempt("unpatched, half the steps", None, num_inference_steps=steps // 2))
         untried = []
-        for i, (name, settings) in enumerate(CANDIDATES.items()):
-            if i >= 2 and time.perf_counter() - started > seconds:
+        for name, settings in distinct(pipe).items():
+            tried = sum(trial.settings is not None for trial in trials)
+            if tried >= 2 and time.perf_counter() - started > seconds:
                 untried.append(name)
             else:
                 trials.append(attempt(name, settings))
@@ -130,6 +132,16 @@ def tune(
     if found is not None and apply:
         apply_patch(pipe, **found)
     return Tuning(found, verdict, count, tuple(trials), tuple(advice), tuple(untried))
+
+
+def distinct(pipe: Any) -> dict[str, dict[str, Any]]:
+    """The candidates, each but once: some are the same on this denoiser."""
+    found: dict[Settings, str] = {}
+    for name, settings in CANDIDATES.items():
+        with patched(pipe, **settings):
+            if (patch := patch_of(pipe)) is not None:
+                found.setdefault(patch.settings, name)
+    return {name: CANDIDATES[name] for name in found.values()}
 
 
 Draw = Callable[..., tuple[list[Tensor], list[float]]]

@@ -27,7 +27,7 @@ from tables import (
 Result = dict[str, Any]
 PAPER = "agentsd r=0.4 (the paper's schedule)"
 PRESETS = ("agentsd balanced", "agentsd quality", "agentsd fast", "agentsd adaptive", "agentsd few_steps")
-MAIN = (*PRESETS, "DeepCache N=3", "DeepCache N=5", "tomesd r=0.4", PAPER)
+MAIN = (*PRESETS, "agentsd balanced, r=0.4", "DeepCache N=3", "DeepCache N=5", "tomesd r=0.4", PAPER)
 SHORT = {
     "agentsd balanced": "balanced",
     "agentsd quality": "quality",
