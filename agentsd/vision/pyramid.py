@@ -148,7 +148,9 @@ class Pyramid(nn.Module):
                 final = norm and stage == len(self.depths) - 1
                 feature = self.norm(x) if final else self.forward_feature(stage, x)
                 maps.append(feature.permute(0, 3, 1, 2).contiguous())
-        return maps if intermediates_only else (self.norm(x), maps)
+        if intermediates_only:
+            return maps
+        return self.norm(x) if stage == len(self.depths) - 1 else x, maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -123,6 +123,10 @@ class TestClassifier:
         torch.testing.assert_close(last.flatten(2), tokens)
         early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
         torch.testing.assert_close(early, maps[:2])
+        stopped, early = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+        torch.testing.assert_close(early, maps[:2])
+        if family != "deit":  # whose norm fits every block, as in timm
+            torch.testing.assert_close(stopped.permute(0, 3, 1, 2), maps[1])
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     def test_compiles_and_exports(self, family: str) -> None:
