@@ -98,6 +98,20 @@ class TestClassifier:
         model.train()
         assert not torch.equal(model(x), model(x))
 
+    @pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate"])
+    def test_dropout_is_in_every_block(self, family: str, rate: str) -> None:
+        model = small(family, **{rate: 0.25})
+        dropouts = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+        if rate == "proj_drop_rate":  # behind the attention, and behind both maps of the MLP
+            assert dropouts == [0.25] * 3 * sum(name.endswith("mlp") for name, _ in model.named_modules())
+        assert torch.equal(model(image(64, 64)), model(image(64, 64)))
+        model.train()
+        assert not torch.equal(model(image(64, 64)), model(image(64, 64)))
+
+    def test_unknown_options_are_errors(self, family: str) -> None:
+        with pytest.raises(TypeError, match="proj_bais"):
+            small(family, proj_bais=False)
+
     def test_parameter_groups(self, family: str) -> None:
         model = small(family)
         names = dict(model.named_parameters())
@@ -185,6 +199,12 @@ def test_deit_gives_the_features_that_timms_does() -> None:
     twin = timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=24, depth=4, features_only=True)
     assert model.feature_info.module_name() == twin.feature_info.module_name()
     assert [m.shape for m in model(image(64, 64))] == [m.shape for m in twin(image(64, 64))]
+
+
+@pytest.mark.parametrize("family", ["pvt", "cswin"])
+def test_an_attention_of_no_such_type_is_an_error(family: str) -> None:
+    with pytest.raises(ValueError, match=r"attn_type='AAXB'.*'A' .*'B'"):
+        small(family, attn_type="AAXB")
 
 
 @pytest.mark.parametrize("family", ["deit", "pvt", "cswin"])  # windows cannot be cut from no image: timm's Swin, too
