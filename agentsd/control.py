@@ -24,18 +24,18 @@ class Tolerance(Reusing, Protocol):
     def cache_budget(self) -> float: ...
 
 
-def most_full(calls: int, settings: Tolerance, held: bool = False) -> int:
+def most_full(calls: int, settings: Tolerance, evenly: bool = False) -> int:
     """How many of a trajectory's calls are full; where errors decide, how many may be."""
     if not settings.cache_tolerance:
-        return sum(full_calls(calls, settings, held=held))
+        return sum(full_calls(calls, settings, evenly=evenly))
     return min(max(int(settings.cache_budget * calls), 3), calls // SHORTEST + 1)
 
 
 class Table:
     """The calls of `agentsd.schedule.full_calls`."""
 
-    def __init__(self, settings: Reusing, calls: int | None, begin: int, held: bool = False) -> None:
-        self._full = full_calls(calls, settings, begin, held)
+    def __init__(self, settings: Reusing, calls: int | None, begin: int, evenly: bool = False) -> None:
+        self._full = full_calls(calls, settings, begin, evenly)
 
     def full(self, call: int, errors: Iterable[Arriving]) -> bool:
         """Whether this call is full; where a step makes several, they are asked for in turn and agree."""

@@ -24,6 +24,7 @@ from agentsd.processor import AgentAttnProcessor, keeper, processor_of
 from agentsd.schedule import Counts
 
 PROCESSORS = (FluxAttnProcessor, JointAttnProcessor2_0)  # that compute plain joint attention
+Parts = tuple[Tensor, ...]  # of the tokens, and of the text where it is apart
 Table = tuple[Tensor, Tensor]  # of rotary positions: cosines and sines, (S, d) each
 
 
@@ -61,6 +62,14 @@ class Part:
     @property
     def tokens(self) -> int:
         return len(self.partition.order)
+
+    def fewer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of tokens (B, N, C): those that are keys, their places (S,) or (B, S), and what the image's stand for."""
+        if self.matching is None:
+            at, dst = self.around(self.partition.dst.long(), x.shape[1]), self.partition.num_dst
+            return x.index_select(1, at), at, x.new_full((1, dst), self.tokens / dst)
+        at, image = self.around(self.place(self.matching), x.shape[1]), slice(self.before, self.before + self.tokens)
+        return _with(merge(x[:, image], self.matching), x, image), at, sizes(self.matching).to(x.dtype)
 
     def around(self, image: Tensor, length: int) -> Tensor:
         """``image``, places among the image tokens (..., D), as places among ``length`` tokens, with all others."""
@@ -111,78 +120,72 @@ class JointAttnProcessor(AgentAttnProcessor):
             return self.own(attn, x, text, attention_mask, *rotary)
         self._taken_up()
         self.give_back(attn)
-        first = 0 if text is None else text.shape[1]
-        image = slice(part.before, part.before + part.tokens)
-
-        def heads(projection: Any, norm: Any, rows: Tensor, places: Tensor | None) -> Tensor:
-            """(B, S, C) -> (B, H, S, d), at these places of the table: (S,) or (B, S)."""
-            projected: Tensor = projection(rows).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            projected = norm(projected) if norm is not None else projected
-            if image_rotary_emb is None or places is None:
-                return projected
-            return _rotated(projected, *(table[places].to(projected.device) for table in image_rotary_emb))
-
-        if part.matching is None:
-            at = part.around(part.partition.dst.long(), x.shape[1])
-            rows, fewer = x, x.index_select(1, at)
-            asking = torch.arange(x.shape[1], device=x.device)
-            stands_for = x.new_full((1, part.partition.num_dst), part.tokens / part.partition.num_dst)
-        else:
-            at = asking = part.around(part.place(part.matching), x.shape[1])
-            rows = fewer = torch.cat((x[:, : image.start], merge(x[:, image], part.matching), x[:, image.stop :]), 1)
-            stands_for = sizes(part.matching).to(x.dtype)
-        query = heads(attn.to_q, attn.norm_q, rows, asking + first)
-        key, value = heads(attn.to_k, attn.norm_k, fewer, at + first), heads(attn.to_v, None, fewer, None)
-        keys, weights = [key], [_counted(stands_for, part.before, key.shape[2])]
-        queries, values = [query], [value]
-        if text is not None:
-            places = torch.arange(first, device=x.device)
-            queries.append(heads(attn.add_q_proj, attn.norm_added_q, text, places))
-            keys.append(heads(attn.add_k_proj, attn.norm_added_k, text, places))
-            values.append(heads(attn.add_v_proj, None, text, None))
-            weights.append(weights[0].new_zeros(len(weights[0]), first))
-        every = _Keys(torch.cat(keys, 2), torch.cat(values, 2), torch.cat(weights, 1)[:, None, None])
-        if part.partition.num_dst == part.tokens:
-            every = _Keys(every.key, every.value, None)
+        keys, at, stands_for = part.fewer(x)
+        image = slice(part.before, part.before + stands_for.shape[1])  # where it is among these
+        rows, asking = (x, torch.arange(x.shape[1], device=x.device)) if part.matching is None else (keys, at)
+        project = _Projections(attn, text, image_rotary_emb)
+        query, key, value = project("q", rows, asking), torch.cat(project("k", keys, at), 2), project("v", keys, at)
+        bias = None
+        if part.partition.num_dst < part.tokens:  # log(n) for each of the image's keys, and 0 for those around them
+            bias = F.pad(stands_for.log(), (image.start, key.shape[2] - image.stop))[:, None, None]
         if part.agents is None:
-            output = every.attended_by(torch.cat(queries, 2))
+            output = F.scaled_dot_product_attention(torch.cat(query, 2), key, torch.cat(value, 2), bias)
         else:
-            merged = slice(part.before, part.before + stands_for.shape[1])
-            places = part.place(part.agents) + part.before + first
-            agents = heads(attn.to_q, attn.norm_q, merge(x[:, image], part.agents), places)
-            mediated = agent_attention(
-                query[:, :, merged], every.key, every.value, agents, k_scale2=self.k_scale2, k_shortcut=0.0,
-                agent_bias=every.bias,
-            )  # fmt: skip
-            mediated = torch.add(mediated, value[:, :, merged], alpha=self.k_shortcut)
-            around = (query[:, :, : merged.start], query[:, :, merged.stop :], *queries[1:])
-            others = every.attended_by(torch.cat(around, 2))
-            output = torch.cat((others[:, :, : merged.start], mediated, others[:, :, merged.start :]), 2)
+            means = merge(x[:, part.before : part.before + part.tokens], part.agents)
+            agents = project.tokens("q", means, part.place(part.agents) + part.before)
+            output = self._mediated(query, key, value, bias, agents, image)
         output = output.transpose(1, 2).flatten(2).to(x.dtype)  # (B, H, S, d) -> (B, S, H * d)
-        own, output_of_text = output[:, : query.shape[2]], output[:, query.shape[2] :]
+        own, output_of_text = output[:, : rows.shape[1]], output[:, rows.shape[1] :]
         for layer in getattr(attn, "to_out", None) or ():
             own = layer(own)
         if part.matching is not None:
-            groups = slice(part.before, part.before + stands_for.shape[1])
-            own = torch.cat((own[:, : groups.start], unmerge(own[:, groups], part.matching), own[:, groups.stop :]), 1)
+            own = _with(unmerge(own[:, image], part.matching), own, image)
         if text is None:
             return own
         return own, output_of_text if attn.context_pre_only else attn.to_add_out(output_of_text)
 
+    def _mediated(self, query: Parts, key: Tensor, value: Parts, bias: Any, agents: Tensor, image: slice) -> Tensor:
+        """Attention in which agents stand between the image's queries and all keys."""
+        (own, *of_text), every = query, torch.cat(value, 2)
+        scales: dict[str, Any] = {"k_scale2": self.k_scale2, "k_shortcut": 0.0, "agent_bias": bias}
+        handed = agent_attention(own[:, :, image], key, every, agents, **scales)
+        handed = torch.add(handed, value[0][:, :, image], alpha=self.k_shortcut)
+        around = torch.cat((own[:, :, : image.start], own[:, :, image.stop :], *of_text), 2)
+        others = F.scaled_dot_product_attention(around, key, every, bias)
+        return torch.cat((others[:, :, : image.start], handed, others[:, :, image.start :]), 2)
+
 
 @dataclass(frozen=True)
-class _Keys:
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
+class _Projections:
+    """Queries, keys and values (``"q"``, ``"k"``, ``"v"``) of a layer, in heads, the first two at their places."""
 
-    def attended_by(self, query: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, self.key, self.value, self.bias)
+    attn: Any
+    text: Tensor | None
+    table: Table | None  # of the text's places, and the tokens' after them
+
+    def __call__(self, kind: str, rows: Tensor, places: Tensor) -> Parts:
+        """Of tokens (B, S, C), at these places (S,) or (B, S), and of the text: (B, H, S, d) and (B, H, T, d)."""
+        own, text = self.tokens(kind, rows, places), self.text
+        if text is None:
+            return (own,)
+        first = torch.arange(text.shape[1], device=text.device)
+        return own, self._heads(f"add_{kind}_proj", f"norm_added_{kind}", text, first)
+
+    def tokens(self, kind: str, rows: Tensor, places: Tensor) -> Tensor:
+        first = 0 if self.text is None else self.text.shape[1]
+        return self._heads(f"to_{kind}", f"norm_{kind}", rows, places + first)
+
+    def _heads(self, projection: str, norm: str, rows: Tensor, places: Tensor) -> Tensor:
+        heads: Tensor = getattr(self.attn, projection)(rows).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+        if norm.endswith("v"):
+            return heads
+        heads = heads if getattr(self.attn, norm) is None else getattr(self.attn, norm)(heads)
+        return heads if self.table is None else _rotated(heads, *(t[places].to(heads.device) for t in self.table))
 
 
-def _counted(stands_for: Tensor, before: int, length: int) -> Tensor:
-    """log(n) for each of the image's keys, and 0 for those around them: (B, D) -> (B, ``length``)."""
-    return F.pad(stands_for.log(), (before, length - before - stands_for.shape[1]))
+def _with(image: Tensor, tokens: Tensor, instead: slice) -> Tensor:
+    """``tokens``, (B, N, C), with those of the image in the place of these."""
+    return torch.cat((tokens[:, : instead.start], image, tokens[:, instead.stop :]), 1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Patch:
     def _call(self, net: nn.Module, inputs: Inputs) -> Call:
         settings, moment = self.settings, Moment(0, 1)
         if self.reuse is not None or (self.blocks and (settings.use_rand or len(settings.phases) > 1)):
-            moment = self.trajectory.locate(inputs.timestep, inputs.divisor)
+            moment = self.trajectory.locate(inputs.timestep, inputs.divisor, inputs.sample, inputs.loop)
         call = self.reuse.before_call(moment, inputs) if self.reuse is not None else Call()
         if call.begins:
             self.calls = {"full": 0, "cached": 0}

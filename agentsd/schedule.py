@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-EVEN_CALLS = 10  # from which held features may skip the second call; a shorter trajectory changes too fast
+EVEN_CALLS = 10  # from which evenly spread full calls may skip the second; a shorter trajectory changes too fast
 USUAL_CALLS = 25  # of a trajectory of which nobody says how many it has
 ENDLESS = 1000  # calls that are planned for one
 
@@ -123,25 +123,25 @@ def interval_of(interval: float, calls: int | None = None) -> int:
     return int(interval) if interval >= 1 else max(2, math.floor(interval * (calls or USUAL_CALLS) + 0.5))
 
 
-def full_calls(calls: int | None, settings: Reusing, begin: int = 0, held: bool = False) -> tuple[bool, ...]:
+def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: bool = False) -> tuple[bool, ...]:
     """For each call of a trajectory, whether it runs the whole denoiser; the others are cached calls.
 
     Every ``interval``-th call is full. Where features are extrapolated (``cache_order`` 1) the second is, too, since
     features move fastest in the first steps; and the others are counted back from the last call but one, which gives
-    the image its texture (benchmarks/NOTES.md). Where they would be and are ``held``, full calls are spread evenly
-    from the first to the last but one, ``interval`` apart or a little more, in 10 calls and more.
+    the image its texture (benchmarks/NOTES.md). Where they follow their input instead, full calls are spread
+    ``evenly``, from the first to the last but one, ``interval`` apart or a little more, in 10 calls and more.
 
     Args:
         calls: of the whole schedule; None where nobody says, and then enough of them are planned.
         begin: the place in it of the first call that is made: img2img starts in the middle.
-        held: whether features follow no line in time also where ``cache_order`` is 1.
+        evenly: whether features follow their input rather than a line in time, where ``cache_order`` is 1.
     """
     interval = interval_of(settings.cache_interval, calls)
     made = range((calls or ENDLESS) - begin)
     last = len(made) - 2 if calls is not None else 0
-    if settings.cache_order == 0 or (held and calls is None):
+    if settings.cache_order == 0 or (evenly and calls is None):
         full = [i % interval == 0 for i in made]
-    elif held and len(made) >= EVEN_CALLS:
+    elif evenly and len(made) >= EVEN_CALLS:
         gaps = max(1, last // interval)
         places = {(2 * last * i + gaps) // (2 * gaps) for i in range(gaps + 1)}
         full = [i in places for i in made]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from diffusers import PNDMScheduler
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from agentsd.loops import Loop
 from agentsd.schedule import Moment
 from agentsd.wrapping import Weakly
 
@@ -20,8 +23,9 @@ class Trajectory:
     The loop of a pipeline hands its denoiser one element of the schedule's tensor, in the very memory of that tensor:
     this tells the place, and that it is this schedule and no other's, and the device is asked for nothing. So a second
     pipeline with a scheduler of its own is followed, too. Where a loop makes timesteps of its own, a value is read
-    from the device, and looked up in the schedule of the patched pipeline, whichever scheduler that holds at the time.
-    A timestep that is not in there is one of the training timesteps.
+    from the device, and looked up in the schedule of the patched pipeline, whichever scheduler that holds at the time:
+    in each call, or in the first ones alone where its loop is known (`agentsd.loops.Loop`). A timestep that is not in
+    there is one of the training timesteps.
     """
 
     def __init__(self, pipeline: Any = None) -> None:
@@ -29,6 +33,7 @@ class Trajectory:
         self._pipeline = Weakly(pipeline)
         self._scheduler: Any = getattr(pipeline, "scheduler", None)
         self._known: list[tuple[_Schedule, list[float]]] = []  # the schedules last read, and their values
+        self._loops: MutableMapping[Tensor, Loop] = WeakIdKeyDictionary()  # by what tells one; each is of one thread
 
     @property
     def pipeline(self) -> Any:
@@ -50,11 +55,14 @@ class Trajectory:
         copied._scheduler = copy.deepcopy(self.scheduler, memo)
         return copied
 
-    def locate(self, timestep: Tensor | float, divisor: float = 1.0) -> Moment:
+    def locate(
+        self, timestep: Tensor | float, divisor: float = 1.0, sample: Tensor | None = None, loop: Tensor | None = None
+    ) -> Moment:
         """The moment of a call with ``timestep``, in the scheduler's state before it. Of a batch, the first counts.
 
         Args:
             divisor: by which the loop has divided the schedule's timestep, after casting it to this one's type.
+            sample: the latents of the call, where its ``loop`` is known (`agentsd.hosts.Inputs`).
         """
         scheduler = self.scheduler
         timesteps = getattr(scheduler, "timesteps", None)
@@ -66,19 +74,34 @@ class Trajectory:
                 return Moment(*_steps(scheduler, call), call, calls, _Schedule(timestep))
             step = call if schedule[0] >= schedule[-1] else calls - 1 - call  # inversion goes up, from the image
             return Moment(step, calls, call, calls, _Schedule(timestep))
-        values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
-        value, mixed = values[0] * divisor if values else math.nan, len(set(values)) > 1
         # half precision may not tell neighbours in the schedule apart
         inexact = 2 * torch.finfo(getattr(timestep, "dtype", torch.float32)).eps if divisor != 1 else 0.0
-        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-        if isinstance(timesteps, Tensor) and (found := self._look_up(scheduler, value, inexact)) is not None:
-            # before it is set, a scheduler's schedule is all training timesteps: not that of a loop with its own
-            known = len(timesteps) if len(timesteps) < trained else None
-            return Moment(*_steps(scheduler, found), found, known, _Schedule(timesteps), mixed)
+        known = Loop() if loop is None else self._loops.setdefault(loop, Loop())
+        if isinstance(timesteps, Tensor) and isinstance(timestep, Tensor):
+            found = known.expected(_Schedule(timesteps), _at(scheduler), sample)
+            if found is not None:
+                there = self._values(timesteps)[found]
+                known.follow(found, sample, (timestep.float() * divisor - there).abs().amax(), inexact * abs(there))
+                return self._moment(scheduler, found)
+        values = timestep.flatten().tolist() if isinstance(timestep, Tensor) else [float(timestep)]
+        value, mixed = values[0] * divisor if values else math.nan, len(set(values)) > 1
+        if isinstance(timesteps, Tensor):
+            found = self._look_up(scheduler, value, inexact)
+            known.read(_Schedule(timesteps), None if mixed else found, _at(scheduler), sample)
+            if found is not None:
+                return self._moment(scheduler, found, mixed)
+        trained = _trained(scheduler)
         noise = trained if math.isnan(value) else math.floor(min(max(value, 0), trained))
         step = max(trained - 1 - noise, 0)
         alone = None if 0 <= value <= trained else object()  # what is no timestep is part of no trajectory
         return Moment(step, trained, step, schedule=alone, mixed=mixed)
+
+    @staticmethod
+    def _moment(scheduler: Any, place: int, mixed: bool = False) -> Moment:
+        """Before it is set, a scheduler's schedule is all training timesteps: not that of a loop with its own."""
+        calls = len(scheduler.timesteps)
+        known = calls if calls < _trained(scheduler) else None
+        return Moment(*_steps(scheduler, place), place, known, _Schedule(scheduler.timesteps), mixed)
 
     def _schedule_around(self, timestep: Tensor) -> list[float] | None:
         """The values of the schedule that ``timestep`` is an element of; None where it is no element of one."""
@@ -139,6 +162,16 @@ def _place_in(timesteps: Tensor, timestep: Tensor | float) -> int | None:
     place, stride = int(timestep.storage_offset() - timesteps.storage_offset()), timesteps.stride(0)
     place, beside = divmod(place, stride) if stride else (0, 0)
     return place if 0 <= place < len(timesteps) and not beside else None
+
+
+def _at(scheduler: Any) -> int | None:
+    """The place of a scheduler's next step, where it counts them in Python."""
+    places = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
+    return next((place for place in places if isinstance(place, int)), None)
+
+
+def _trained(scheduler: Any) -> int:
+    return int(getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000))
 
 
 def _steps(scheduler: Any, call: int) -> tuple[int, int]:

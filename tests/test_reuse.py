@@ -379,20 +379,20 @@ def test_what_is_added_follows_its_input_where_order_is_1():
             torch.testing.assert_close(along(lane.estimate(), x), slope * x + offset)
         if i < 3:
             lane.remember(torch.stack((x, slope * x + offset)))
-    held = Lane(order=0, follows=True)
+    lane = Lane(order=0, follows=True)
     for _ in range(2):
-        held.begin()
-        held.remember(torch.stack((inputs[0], offset)))
-        assert torch.equal(along(held.estimate(), inputs[1]), offset)
+        lane.begin()
+        lane.remember(torch.stack((inputs[0], offset)))
+        assert torch.equal(along(lane.estimate(), inputs[1]), offset)
 
 
 @pytest.mark.parametrize("calls", [5, 13, 20, 28, 50, None])
 @pytest.mark.parametrize("begin", [0, 3])
 @pytest.mark.parametrize("interval", [0.125, 2, 7])
-def test_held_features_come_from_full_calls_that_are_evenly_apart(calls, begin, interval):
+def test_features_that_follow_their_input_come_from_full_calls_that_are_evenly_apart(calls, begin, interval):
     """From the first to the last but one. In few calls, and with ``cache_order`` 0, they are those of all others."""
     settings, uniform = (agentsd.Settings(cache_interval=interval, cache_order=order) for order in (1, 0))
-    full, gap = full_calls(calls, settings, begin, held=True), interval_of(interval, calls)
+    full, gap = full_calls(calls, settings, begin, evenly=True), interval_of(interval, calls)
     places = [place for place, ran in enumerate(full[begin:]) if ran]
     gaps = {b - a for a, b in pairwise(places)}
     if calls is None:
@@ -402,7 +402,7 @@ def test_held_features_come_from_full_calls_that_are_evenly_apart(calls, begin, 
     else:
         assert places[0] == 0 and places[-1] == calls - begin - 2 and max(gaps) - min(gaps) <= 1
         assert min(gaps) >= gap and len(places) < sum(full_calls(calls, settings, begin))
-    assert full_calls(calls, uniform, begin, held=True) == full_calls(calls, uniform, begin)
+    assert full_calls(calls, uniform, begin, evenly=True) == full_calls(calls, uniform, begin)
 
 
 @pytest.mark.parametrize("calls", [5, 20, 25, 50, None])

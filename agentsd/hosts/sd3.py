@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from diffusers.models.attention import JointTransformerBlock
@@ -20,10 +19,17 @@ class StableDiffusion3(Transformer):
     text_tokens = 77 + 256
 
     def told(self, net: Any, named: Mapping[str, Any]) -> Inputs | None:
-        """Skip-layer guidance is a call of its own, which leaves blocks out."""
-        inputs = super().told(net, named)
-        skipped = tuple(named.get("skip_layers") or ())
-        return replace(inputs, skipped=skipped) if inputs is not None else None
+        """Skip-layer guidance is a call of its own, which leaves blocks out.
+
+        A ControlNet without positions of its own is given tokens, (B, N, C): their grid is that of its condition.
+        """
+        x, text, condition = named["hidden_states"], named.get("encoder_hidden_states"), named.get("controlnet_cond")
+        packed, skipped = None, tuple(named.get("skip_layers") or ())
+        if x.dim() == 3:
+            if condition is None:
+                return None
+            packed = (condition.shape[-2], condition.shape[-1])
+        return Inputs(x, named["timestep"], text, packed=packed, skipped=skipped)
 
     def site(self, name: str, block: Any, level: int) -> Site:
         """Blocks of 3.5 medium have a second attention, over the image alone."""

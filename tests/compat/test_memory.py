@@ -5,12 +5,11 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from checks import check, distance
-from conftest import make_unet, unet_inputs
-from diffusers import StableDiffusionPipeline
+from conftest import make_unet, sweep, unet_inputs
 from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
-from zoo import build, make_vae, runner
-from zoo_transformers import MODELS
+from zoo import PIPELINES, runner
+from zoo_transformers import MODELS, TRANSFORMERS
 
 import agentsd
 from agentsd.models import denoiser_of
@@ -123,10 +122,37 @@ def test_lora_training_recomputes_the_very_same_draw():
         torch.testing.assert_close(recomputed[name], gradient, msg=name)
 
 
-def test_saved_and_loaded(tmp_path):
-    """What a patch leaves out of a saved pipeline, and that a loaded one is patched like any other."""
-    pipe = build("StableDiffusionPipeline")
-    pipe.save_pretrained(tmp_path)
-    loaded = StableDiffusionPipeline.from_pretrained(tmp_path, vae=make_vae(), safety_checker=None)
+SAVED = {**MODELS, "SDXL": PIPELINES["SDXL"], "SD 3.0": TRANSFORMERS["Stable Diffusion 3"]}
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("when", sweep(["in a call"], ["before a call", "after an image"]))
+@pytest.mark.parametrize("settings", [{"seed": 0}, {"preset": "balanced"}], ids=["agents", "balanced"])
+@pytest.mark.parametrize("model", SAVED)
+def test_saved_under_a_patch_and_loaded(model, settings, when, tmp_path):
+    """The files are those of an unpatched pipeline, and what is loaded from them is patched like any other."""
+    pipe, run = SAVED[model]()
+    plain = run()
+    pipe.save_pretrained(tmp_path / "plain")
+    agentsd.apply_patch(pipe, **settings)
+    expected = run() if when == "after an image" else None
+    save = lambda *_: pipe.save_pretrained(tmp_path / "patched")
+    if when == "in a call":
+        handle = denoiser_of(pipe).register_forward_pre_hook(save)
+        run()
+        handle.remove()
+    else:
+        save()
+    assert files(tmp_path / "patched") == files(tmp_path / "plain")
+    missing = {name: part for name, part in pipe.components.items() if part is None}
+    loaded = type(pipe).from_pretrained(tmp_path / "patched", **missing)
     loaded.set_progress_bar_config(disable=True)
-    check(loaded, runner(loaded))
+    draw = runner(loaded, **run.arguments)
+    assert agentsd.report(loaded).settings is None and torch.equal(draw(), plain)
+    with agentsd.patched(loaded, **settings):
+        image = draw()
+    assert torch.equal(image, expected if expected is not None else run()) and not torch.equal(image, plain)
+    assert agentsd.report(loaded).settings is None and torch.equal(draw(), plain)

@@ -11,7 +11,7 @@ from diffusers import (
     FluxControlNetModel,
     SD3ControlNetModel,
 )
-from tiny_transformers import make_transformer
+from tiny_transformers import SD3, make_transformer
 from zoo import MASK, PIPELINES, SIZE, make_vae, picture, runner
 
 TEXTS = {"StableDiffusion3": ("", "_2", "_3"), "Flux": ("", "_2"), "PixArt": ("",)}
@@ -59,19 +59,28 @@ def _pixart(name: str, **arguments):
     return pipe, runner(pipe, prompt=None, use_resolution_binning=False, **texts, **arguments)
 
 
-def _seen(controlnet):
+def seen(controlnet):
     """Its last layers start at zero."""
     torch.manual_seed(1)
     for name, parameter in controlnet.named_parameters():
         if "controlnet_" in name or name.startswith("pos_embed_input"):
             torch.nn.init.normal_(parameter, std=0.05)
-    return {"controlnet": controlnet.eval()}
+    return controlnet.eval()
 
 
-def _sd3_controlnet(name: str, extra: int = 0, **arguments):
+def sd3_controlnet(extra: int = 0) -> SD3ControlNetModel:
     net = make_transformer("sd3")
-    net = SD3ControlNetModel.from_transformer(net, num_layers=2, num_extra_conditioning_channels=extra)
-    pipe, run = _sd3(name, "sd3", _seen(net), **arguments)
+    return SD3ControlNetModel.from_transformer(net, num_layers=2, num_extra_conditioning_channels=extra)
+
+
+def sd3_controlnet_of_tokens() -> SD3ControlNetModel:
+    """As Stability's own for 3.5 large: it embeds no latents, reads no text, and its attention is over the image."""
+    without = {"use_pos_embed": False, "pos_embed_type": None, "joint_attention_dim": None}
+    return SD3ControlNetModel(**SD3 | without | {"num_layers": 2, "force_zeros_for_pooled_projection": False})
+
+
+def _sd3_controlnet(name: str, net: SD3ControlNetModel, **arguments):
+    pipe, run = _sd3(name, "sd3", {"controlnet": seen(net)}, **arguments)
 
     def seeded(**changes) -> torch.Tensor:
         """The pipeline draws the control image's latents from the global generator."""
@@ -86,7 +95,7 @@ def _flux_controlnet(name: str, **arguments):
     net = FluxControlNetModel.from_transformer(
         make_transformer("flux"), num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
     )
-    return _flux(name, _seen(net), control_image=picture(), **arguments)
+    return _flux(name, {"controlnet": seen(net)}, control_image=picture(), **arguments)
 
 
 IMAGE = {"image": picture(), "strength": 0.8}
@@ -100,9 +109,14 @@ TRANSFORMERS = {
     ),
     "SD 3 image to image": lambda: _sd3("StableDiffusion3Img2ImgPipeline", **IMAGE),
     "SD 3 inpainting": lambda: _sd3("StableDiffusion3InpaintPipeline", channels=16, **INPAINTED),
-    "SD 3 ControlNet": lambda: _sd3_controlnet("StableDiffusion3ControlNetPipeline", control_image=picture()),
+    "SD 3 ControlNet": lambda: _sd3_controlnet(
+        "StableDiffusion3ControlNetPipeline", sd3_controlnet(), control_image=picture()
+    ),
+    "SD 3 ControlNet, without text": lambda: _sd3_controlnet(
+        "StableDiffusion3ControlNetPipeline", sd3_controlnet_of_tokens(), control_image=picture()
+    ),
     "SD 3 ControlNet, inpainting": lambda: _sd3_controlnet(
-        "StableDiffusion3ControlNetInpaintingPipeline", 1, control_image=picture(), control_mask=MASK
+        "StableDiffusion3ControlNetInpaintingPipeline", sd3_controlnet(1), control_image=picture(), control_mask=MASK
     ),
     "Flux": lambda: _flux("FluxPipeline"),
     "Flux, true guidance": lambda: _flux("FluxPipeline", guided=True),
