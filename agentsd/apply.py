@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +89,13 @@ def apply_patch(
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
     else:
         _name_idle(chosen, given)
+    if chosen.cache_tolerance and not host.middle(net, chosen.cache_branch).lines:
+        if "cache_tolerance" in given:
+            why = f"the full calls of a {type(net).__name__} are evenly spread, which is nearer than to go by errors"
+            warnings.warn(
+                f"agentsd: nothing comes of cache_tolerance={chosen.cache_tolerance:g}: {why}.", stacklevel=2
+            )
+        chosen = replace(chosen, cache_tolerance=0.0, cache_budget=1.0)
     pipeline = model if hasattr(model, "scheduler") else None
     patch = Patch(net, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
     for other, alone in _controlnets(model, chosen).items():

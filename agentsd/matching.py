@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MOST_SIMILARITIES = 8  # for each number of the tokens
@@ -114,11 +113,10 @@ class Edges:
             src_group = torch.where(self.rank < r, self.nearest, self.rank + (num_dst - r))
         dst_group = torch.arange(num_dst, device=device).expand(batch, -1)
         group = torch.cat((dst_group, src_group), dim=1).index_select(1, self.partition.inverse)
-        first = torch.arange(batch, device=device)[:, None] * groups
+        first = torch.arange(0, batch * groups, groups, device=device).unsqueeze(1)
         return Matching.of((group + first).flatten(), (batch, tokens, groups))
 
 
-@torch.no_grad()
 def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
     """Connect each src token to the dst token of largest cosine similarity.
 
@@ -129,11 +127,16 @@ def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
         x: (B, N, C) tokens in raster order, the input of the transformer block before its first norm.
         partition: of the N tokens, with at least one dst; on the device of ``x``.
     """
-    unit = F.normalize(x.float(), dim=-1).to(x.dtype)  # in half precision norms overflow, and zeros divide by zero
-    x = unit.index_select(1, partition.order)
-    dst, src = x[:, : partition.num_dst], x[:, partition.num_dst :]
+    x = x.detach() if x.requires_grad else x
+    exact = x.dtype if x.dtype == torch.float64 else torch.float32  # in half precision norms overflow
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+    x = (x / length.clamp_min(1e-12)).to(x.dtype).index_select(1, partition.order)
+    dst, src = x[:, : partition.num_dst].transpose(1, 2), x[:, partition.num_dst :]
     rows = max(1, MOST_SIMILARITIES * x.shape[1] * x.shape[2] // partition.num_dst)
-    best = [(part @ dst.transpose(1, 2)).max(dim=-1) for part in torch.split(src, rows, dim=1)]  # (B, S, D) -> (B, S)
-    similarity, nearest = best[0] if len(best) == 1 else (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
+    if rows >= src.shape[1]:
+        similarity, nearest = (src @ dst).max(dim=-1)  # (B, S, D) -> (B, S)
+    else:
+        best = [(part @ dst).max(dim=-1) for part in torch.split(src, rows, dim=1)]
+        similarity, nearest = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
     rank = similarity.argsort(dim=-1, descending=True).argsort(dim=-1)
     return Edges(partition, nearest, rank)

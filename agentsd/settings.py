@@ -34,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "quality": {**REUSED, "ratio": 0.0, "cache_interval": 0.095},
         "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 0.125},
         "adaptive": {**REUSED, "ratio": 0.0, "cache_interval": 0.125, "cache_tolerance": 0.3},
-        "fast": {**REUSED, "cache_interval": 0.125},
+        "fast": {**REUSED, "ratio": 0.0, "cache_interval": 0.165, "cache_tolerance": 0.6},
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }
 )
@@ -83,7 +83,8 @@ class Settings:
         cache_tolerance: let the error of the extrapolation decide which calls are full: at each full call it is
             measured, and where it is above this share of the features' size (1.6 of it at the start of the trajectory,
             falling to 0.4 at its end) the next full call comes sooner, otherwise later. A batch goes by its worst
-            image. Half of ``cache_interval`` is then the first distance. 0 is off.
+            image. Half of ``cache_interval`` is then the first distance. In transformers ``cache_interval`` decides
+            all the same: evenly spread, their full calls are nearer (benchmarks/NOTES.md). 0 is off.
         cache_budget: with ``cache_tolerance``, at most this share of a trajectory's calls is full. 1 is no limit.
         patch_controlnet: patch the attention of the pipeline's ControlNets, too.
         cuda_graphs: record a CUDA graph of each kind of call, and replay it in all others of that kind: the same

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FAITHFUL = 35.0  # dB, where there are too few steps to be halved
+FAITHFUL = 35.0  # dB, beyond which faster comes before nearer
 SAME = 1.03  # ratios of seconds below this are noise
 
 
@@ -103,12 +103,16 @@ def choose(trials: list[Trial], wanted: tuple[str, float] | None) -> tuple[Trial
         best = max(reached, key=lambda trial: trial.worst, default=None)
         asked = f"{wanted[1]:g}x"
     else:
-        least = wanted[1] if wanted is not None else half.worst if half is not None else FAITHFUL
-        best = max((t for t in candidates if t.worst >= least), key=lambda trial: trial.speedup, default=None)
+        # fewer steps often give another image: what is near the unpatched one comes before what is faster
+        goal = wanted[1] if wanted is not None else FAITHFUL
+        least = goal if wanted is not None or half is None else half.worst
+        pool = [*candidates, half] if half is not None and half.speedup > SAME else candidates
+        reached = [trial for trial in pool if trial.worst >= least]
+        best = max(reached, key=lambda trial: (min(trial.worst, goal), trial.speedup), default=None)
         asked = f"{least:.1f} dB" + (
             ", the fidelity of half the steps," if wanted is None and half is not None else ""
         )
-        if half is not None and half.worst >= least and half.speedup > (best.speedup if best is not None else 1):
+        if best is not None and best is half:
             return None, f"leave it unpatched and halve the steps: {half.speedup:.2f}x with {half.worst:.1f} dB"
     if best is None:
         fastest = max(candidates, key=lambda trial: trial.speedup)

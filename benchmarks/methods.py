@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
     "agentsd balanced": agent(preset="balanced"),
     "agentsd adaptive": agent(preset="adaptive"),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
+    "agentsd balanced, r=0.4": agent(preset="balanced", ratio=0.4),
     "agentsd fast": agent(preset="fast"),
     "FirstBlockCache": first_block_cache(),
     "MagCache": mag_cache(),

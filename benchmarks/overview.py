@@ -27,8 +27,15 @@ from tables import (
 Result = dict[str, Any]
 PAPER = "agentsd r=0.4 (the paper's schedule)"
 PRESETS = ("agentsd balanced", "agentsd quality", "agentsd fast", "agentsd adaptive", "agentsd few_steps")
-MAIN = (*PRESETS, "DeepCache N=3", "DeepCache N=5", "tomesd r=0.4", PAPER)
-SHORT = {"agentsd balanced": "balanced", "DeepCache N=3": "DeepCache N=3", "tomesd r=0.4": "tomesd", PAPER: "paper"}
+MAIN = (*PRESETS, "agentsd balanced, r=0.4", "DeepCache N=3", "DeepCache N=5", "tomesd r=0.4", PAPER)
+SHORT = {
+    "agentsd balanced": "balanced",
+    "agentsd quality": "quality",
+    "DeepCache N=3": "DeepCache N=3",
+    "MagCache": "MagCache",
+    "tomesd r=0.4": "tomesd",
+    PAPER: "paper",
+}
 QUALITY = {"PSNR, dB": "PSNR, dB", "PSNR p5": "worst of 20, dB"}
 MEMORY = ("unpatched", "agentsd balanced", "DeepCache N=3", "tomesd r=0.4")
 FEWEST = 3  # methods of a picture
@@ -60,7 +67,7 @@ def how_fast(results: list[Result]) -> tuple[str, dict[str, str]]:
                 heading = ("", "unpatched, s", *SHORT.values())
                 rows = groups.setdefault(f"{device(result)}, {kind(result)}:", [heading])
                 rows.append((case(result) + how, start, *cells))
-    tables = [f"{above}\n\n{markdown(rows)}" for above, rows in groups.items()]
+    tables = [f"{above}\n\n{markdown(filled(rows))}" for above, rows in groups.items()]
     if not tables:
         return "", {}
     on_cards = [r for r in found if "gpu" in r["hardware"] and r["settings"]["modes"] == ["eager"]]
@@ -71,6 +78,12 @@ def how_fast(results: list[Result]) -> tuple[str, dict[str, str]]:
         "`paper` the paper's schedule at ratio 0.4. In the picture a line is the range over the rounds."
     )
     return "\n\n".join(["## How fast", text, *shown, *tables]), pictures
+
+
+def filled(rows: Rows) -> Rows:
+    """Without the columns in which nothing stands below the heading."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return list(zip(*columns, strict=True))
 
 
 def qualities(results: list[Result]) -> list[Result]:

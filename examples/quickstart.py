@@ -47,7 +47,8 @@ def real_size_unet(device: str) -> UNet2DConditionModel:
     fast_half = device != "cpu" or pipelines.has_fast_bfloat16()
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    unet = unet.to(torch.bfloat16 if fast_half else torch.float32).to_empty(device=device).eval()
+    dtype = torch.bfloat16 if fast_half else torch.float32
+    unet = torch.nn.Module.to(unet, dtype).to_empty(device=device).eval()  # that of diffusers warns
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return unet

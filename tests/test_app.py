@@ -305,6 +305,30 @@ def test_a_click_makes_two_pictures(address, browser_page, tmp_path):
     assert page.get_by_text("1.00x").count()
 
 
+def test_cancelling_is_said_in_the_page(served, browser_page, calls):
+    browser_page.goto(served)
+    calls.wait_in = 1
+    browser_page.get_by_role("button", name="Compare").click()
+    wait_until(lambda: calls.threads)
+    browser_page.get_by_role("button", name="Cancel").click()
+    browser_page.get_by_text("Cancelled.").wait_for(timeout=60_000)
+    calls.go_on.set()
+
+
+def test_closing_a_tab_ends_its_image(served, browser_page, calls, monkeypatch):
+    cancel, cancelled = SharedPipeline.cancel, []
+    monkeypatch.setattr(SharedPipeline, "cancel", lambda *given: cancelled.append(cancel(*given)))
+    browser_page.goto(served)
+    calls.wait_in = 3
+    browser_page.get_by_role("button", name="Compare").click()
+    wait_until(lambda: len(calls.threads) == 3)
+    browser_page.close()
+    wait_until(lambda: any(cancelled))  # tabs of other tests may be closed in the meantime
+    calls.go_on.set()
+    images_of(Client(served, verbose=False).predict(**GIVEN, **PATCH, api_name="/compare"))  # waits for its end
+    assert len(calls.threads) == 3 + CALLS
+
+
 def test_wrong_input_is_said_in_the_page(address, browser_page):
     page = browser_page
     page.goto(address)

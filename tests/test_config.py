@@ -77,7 +77,7 @@ IDLE = [
     ({"preset": "balanced", "merge_mlp": True}, "merge_mlp=True: with ratio=0"),
     ({"preset": "balanced", "ratio": 0.3, "merge_attn": False}, "ratio=0.3: .* all False no token is merged"),
     ({"agent_steps": 0, "agent_sx": 3, "k_scale2": 1}, "agent_sx=3, k_scale2=1: with agent_steps=0"),
-    ({"preset": "fast", "k_shortcut": 0}, "k_shortcut=0: with agent_steps=0"),
+    ({"preset": "balanced", "ratio": 0.3, "k_shortcut": 0}, "k_shortcut=0: with agent_steps=0"),
     ({"agent_steps": 1, "sx": 3}, "sx=3: with agent_steps=1"),
     ({"merge_attn": False, "merge_mlp": True, "agent_ratio": 0.5}, "agent_ratio=0.5: with merge_attn=False"),
     ({"use_rand": False, "seed": 3}, "seed=3: with use_rand=False"),

@@ -29,7 +29,7 @@ SETTINGS = {
     "few_steps": {"preset": "few_steps"},
     "quality": {"preset": "quality"},
     "balanced": {"preset": "balanced"},
-    "fast": {"preset": "fast"},
+    "balanced, merging": {"preset": "balanced", "ratio": 0.4},
     "cache": {"cache_interval": 3, "cache_branch": 1, "cache_order": 0},
 }
 

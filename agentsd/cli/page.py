@@ -112,6 +112,11 @@ class Actions:
         return code, found.settings, gr.Radio([*SCHEDULES, TUNED], value=TUNED), tried
 
     def cancel(self, request: gr.Request) -> None:
+        if self.shared.cancel(owner(request)):  # the job's own word for it is lost: Gradio no longer listens to it
+            gr.Info("Cancelled.", title="agentsd")
+
+    def leave(self, request: gr.Request) -> None:
+        """The tab is closed."""
         self.shared.cancel(owner(request))
 
     def of_the_image(
@@ -198,6 +203,7 @@ def page(pipe: Any, prompt: str, seed: int, arguments: dict[str, Any], seconds: 
         outputs = [code, tuned, schedule, tried]
         tuning = tune_button.click(actions.tune, [*image, target], outputs, show_progress_on=code, **how)
         # of these Gradio takes out of the queue what waits; what runs ends by `SharedPipeline`
-        cancel_button.click(actions.cancel, None, None, cancels=[comparing, tuning], queue=False)
-        blocks.unload(actions.cancel)
+        stops = [comparing, tuning]
+        cancel_button.click(actions.cancel, None, None, cancels=stops, concurrency_limit=None)
+        blocks.unload(actions.leave)
     return blocks

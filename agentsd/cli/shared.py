@@ -55,8 +55,12 @@ class SharedPipeline:
         finally:
             self._jobs.remove(job)
 
-    def cancel(self, owner: str) -> None:
-        """All jobs of ``owner``: the one under way within a denoising step, those that wait before they begin."""
-        for name, cancelled in tuple(self._jobs):
-            if name == owner:
-                cancelled.set()
+    def cancel(self, owner: str) -> bool:
+        """All jobs of ``owner``: the one under way within a denoising step, those that wait before they begin.
+
+        Whether there was one.
+        """
+        of_owner = [cancelled for name, cancelled in tuple(self._jobs) if name == owner]
+        for cancelled in of_owner:
+            cancelled.set()
+        return bool(of_owner)

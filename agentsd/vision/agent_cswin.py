@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agentsd.vision.attention import AgentPooling, Grid, depthwise, to_map, to_tokens
 from agentsd.vision.build import build, default_cfg
-from agentsd.vision.pyramid import Pyramid, drop_path
+from agentsd.vision.pyramid import Pyramid, check_attn_type, drop_path
 
 Attend = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 
@@ -71,14 +71,22 @@ class AgentBranch(AgentPooling):
 class CSwinBlock(nn.Module):
     """Pre-norm block whose channels are shared out to its branches: one over the whole map, or one along each axis."""
 
-    def __init__(self, dim: int, branches: Sequence[nn.Module], mlp_ratio: float, drop_path_rate: float):
+    def __init__(
+        self,
+        dim: int,
+        branches: Sequence[nn.Module],
+        mlp_ratio: float,
+        drop_path_rate: float,
+        proj_drop: float = 0.0,
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attns = nn.ModuleList(branches)
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.drop_path = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +95,7 @@ class CSwinBlock(nn.Module):
         qkv = self.qkv(self.norm1(x)).chunk(3, dim=-1)
         shares = zip(*(tensor.chunk(len(self.attns), dim=-1) for tensor in qkv), strict=True)
         attended = [attn(q, k, v, grid) for attn, (q, k, v) in zip(self.attns, shares, strict=True)]
-        x = x + self.drop_path(self.proj(torch.cat(attended, dim=-1)))
+        x = x + self.drop_path(self.proj_drop(self.proj(torch.cat(attended, dim=-1))))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.unflatten(1, grid)
 
@@ -132,11 +140,13 @@ class AgentCSwin(Pyramid):
         agents: Sequence[int] = (9, 16, 49, 49),
         attn_type: str = "AABB",
         stripes: Sequence[int] = (1, 1, 2, 1),
+        proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         **options: Any,
     ):
         dims = [embed_dim * 2**i for i in range(len(depths))]
         super().__init__(img_size, in_chans, num_classes, dims, depths, **options)
+        check_attn_type(attn_type)
         self.stage1_conv_embed = nn.Sequential(
             nn.Conv2d(in_chans, embed_dim, 7, 4, 2), ChannelsLast(), nn.LayerNorm(embed_dim)
         )
@@ -148,7 +158,13 @@ class AgentCSwin(Pyramid):
                 else partial(SoftmaxBranch, attn_drop=attn_drop_rate)
             )
             blocks = [
-                CSwinBlock(dim, [branch(dim // len(cuts), heads // len(cuts), cut) for cut in cuts], mlp_ratio, rate)
+                CSwinBlock(
+                    dim,
+                    [branch(dim // len(cuts), heads // len(cuts), cut) for cut in cuts],
+                    mlp_ratio,
+                    rate,
+                    proj_drop_rate,
+                )
                 for rate in self.drop_path_rates[i]
             ]
             if i:

@@ -13,6 +13,17 @@ from torch import Tensor, nn
 from agentsd.vision.attention import AgentAttention, Grid
 from agentsd.vision.build import build, default_cfg, grid_told, resize_positions
 
+# Options of timm's vision transformer that agent attention has no place for, and the value that each has to keep
+FIXED = {
+    "qk_norm": False,
+    "scale_attn_norm": False,
+    "proj_bias": True,
+    "attn_layer": None,
+    "block_fn": None,
+    "patch_drop_rate": 0.0,
+    "dynamic_img_size": False,
+}
+
 
 class BlockAttention(AgentAttention):
     """`AgentAttention` as timm's vision transformer calls its attention."""
@@ -32,24 +43,31 @@ class AgentDeiT(VisionTransformer):
         img_size: pixels; the model takes this size only.
         agents: of each block, front to back; blocks behind the last of them keep softmax attention.
         options: those of `VisionTransformer`.
+
+    Raises:
+        ValueError: for an option that agent attention has no place for.
     """
 
     def __init__(self, img_size: int | Grid = 224, agents: Sequence[int] = (49,) * 12, **options: Any):
-        if options.pop("dynamic_img_size", False):
-            raise ValueError("Agent-DeiT takes one image size: give create_model that `img_size`")
-        drops = {"attn_drop": options.get("attn_drop_rate", 0.0), "proj_drop": options.get("proj_drop_rate", 0.0)}
-        super().__init__(img_size=img_size, **options)
+        for name, allowed in FIXED.items():
+            if options.get(name, allowed) != allowed:
+                raise ValueError(
+                    f"{name}={options[name]!r}: Agent-DeiT has one image size, which is `img_size`, all its patches, "
+                    f"and timm's block and plain attention; {name} may only be {allowed!r}, so leave it out"
+                )
+        super().__init__(img_size=img_size, **{k: v for k, v in options.items() if k not in FIXED})
         for block, number in zip(self.blocks, agents, strict=False):
-            tokens = self.num_prefix_tokens
+            softmax = block.attn
             block.attn = BlockAttention(
                 self.embed_dim,
-                options["num_heads"],
+                softmax.num_heads,
                 self.patch_embed.grid_size,
                 number,
-                class_tokens=tokens,
-                qkv_bias=block.attn.qkv.bias is not None,
-                **drops,
-            )
+                class_tokens=self.num_prefix_tokens,
+                qkv_bias=softmax.qkv.bias is not None,
+                attn_drop=softmax.attn_drop.p,
+                proj_drop=softmax.proj_drop.p,
+            ).to(softmax.qkv.weight)
         self.init_weights()
         self.register_load_state_dict_pre_hook(self._resize_loaded)
 
@@ -69,7 +87,7 @@ class AgentDeiT(VisionTransformer):
 
 
 def _create(variant: str, pretrained: bool, **options: Any) -> nn.Module:
-    return build(AgentDeiT, variant, pretrained, **{"patch_size": 16, "depth": 12, **options})
+    return build(AgentDeiT, variant, pretrained, **{"patch_size": 16, "depth": 12, "out_indices": 3, **options})
 
 
 _cfg = partial(default_cfg, first_conv="patch_embed.proj")

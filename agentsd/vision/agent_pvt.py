@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from agentsd.vision.attention import Grid, ReducedAgentAttention, stretch, to_map
 from agentsd.vision.build import build, default_cfg, grid_told, resize_positions
-from agentsd.vision.pyramid import Block, Pyramid
+from agentsd.vision.pyramid import Block, Pyramid, check_attn_type
 
 DIMS = (64, 128, 320, 512)
 DOWNSTREAM_AGENTS = ((12, 12), (16, 16), (28, 28), (28, 28))
@@ -52,6 +52,7 @@ class AgentPVT(Pyramid):
         **options: Any,
     ):
         super().__init__(img_size, in_chans, num_classes, dims, depths, **options)
+        check_attn_type(attn_type)
         shapes: Sequence[Grid | None] = downstream_agent_shapes or [None] * len(depths)
         drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
         for i, (dim, heads, kind) in enumerate(zip(dims, num_heads, attn_type, strict=True)):
@@ -66,7 +67,9 @@ class AgentPVT(Pyramid):
                 if kind == "A"
                 else partial(Attention, dim, heads, sr_ratio=sr_ratios[i], **drops)
             )  # fmt: skip
-            blocks = [Block(dim, attention(), mlp_ratios[i], rate, 1e-6) for rate in self.drop_path_rates[i]]
+            blocks = [
+                Block(dim, attention(), mlp_ratios[i], rate, 1e-6, proj_drop_rate) for rate in self.drop_path_rates[i]
+            ]
             self.register_parameter(f"pos_embed{i + 1}", nn.Parameter(torch.empty(1, grid[0] * grid[1], dim)))
             self.add_module(f"patch_embed{i + 1}", embed)
             self.add_module(f"block{i + 1}", nn.Sequential(*blocks))

@@ -120,7 +120,7 @@ class AgentSwin(Pyramid):
             for j, rate in enumerate(self.drop_path_rates[i]):
                 if j < agent_blocks[i]:
                     attention = AgentAttention(dim, heads, self.grid(i), agents[i], agent_shape=shapes[i], **drops)
-                    blocks.append(Block(dim, attention, mlp_ratio, rate, 1e-5))
+                    blocks.append(Block(dim, attention, mlp_ratio, rate, 1e-5, proj_drop_rate))
                 else:
                     window = WindowBlock(
                         dim,

@@ -17,6 +17,11 @@ from agentsd.vision.attention import GRID_AXES, Grid
 POSITION_NAMES = (*GRID_AXES, "an_bias", "na_bias", "ac_bias", "ca_bias", "pos_embed", "relative_position_bias_table")
 
 
+def check_attn_type(attn_type: str) -> None:
+    if set(attn_type) - {"A", "B"}:
+        raise ValueError(f"attn_type={attn_type!r}: for each stage 'A' (agent attention) or 'B' (softmax attention)")
+
+
 def drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0 else nn.Identity()
 
@@ -27,15 +32,18 @@ class Block(nn.Module):
     Args:
         attn: called with (B, H * W, C) tokens and their grid (H, W).
         eps: of the norms.
+        proj_drop: dropout in the MLP.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path_rate: float, eps: float):
+    def __init__(
+        self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path_rate: float, eps: float, proj_drop: float = 0.0
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attn
         self.drop_path1 = drop_path(drop_path_rate)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.drop_path2 = drop_path(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +156,9 @@ class Pyramid(nn.Module):
                 final = norm and stage == len(self.depths) - 1
                 feature = self.norm(x) if final else self.forward_feature(stage, x)
                 maps.append(feature.permute(0, 3, 1, 2).contiguous())
-        return maps if intermediates_only else (self.norm(x), maps)
+        if intermediates_only:
+            return maps
+        return self.norm(x) if stage == len(self.depths) - 1 else x, maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

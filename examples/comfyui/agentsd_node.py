@@ -233,7 +233,7 @@ class AgentSDPatch:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        ratio = {"default": 0.4, "min": 0.0, "max": 0.75, "step": 0.05, "tooltip": "for fast and paper alone"}
+        ratio = {"default": 0.4, "min": 0.0, "max": 0.75, "step": 0.05, "tooltip": "for paper alone"}
         return {
             "required": {
                 "model": ("MODEL",),

@@ -202,20 +202,22 @@ def test_tune_finds_settings_for_a_pipeline_without_text_encoders(model):
     pipe, run = MODELS[model]()
     inputs = {name: value for name, value in run.arguments.items() if name not in ("prompt", "output_type")}
     found = agentsd.tune(pipe, seconds=0, progress=False, prompts=["", ""], **inputs | {"num_inference_steps": 4})
-    assert [trial.name for trial in found.trials][2:] == ["balanced", "adaptive"]
+    assert [trial.name for trial in found.trials][2:] == ["balanced", "quality"]  # adaptive is balanced there
     assert patch_of(pipe) is None
 
 
-def test_adaptive_decides_by_its_errors_and_the_report_says_so(model):
+def test_errors_decide_nothing_and_adaptive_is_balanced(model):
+    """Evenly spread full calls are nearer there (benchmarks/NOTES.md)."""
     pipe, run = MODELS[model]()
-    calls = {}
-    for tolerance in (0.001, 10.0):
-        agentsd.apply_patch(pipe, preset="adaptive", cache_tolerance=tolerance)
-        run(num_inference_steps=24)
-        report = agentsd.report(pipe)
-        assert "as many calls are full as each image needs" in str(report)
-        calls[tolerance] = report.last["full"]
-    assert calls[0.001] > calls[10.0] + 2
+    drawn = {}
+    for preset in ("balanced", "adaptive"):
+        agentsd.apply_patch(pipe, preset=preset)
+        drawn[preset] = run(num_inference_steps=24)
+    assert torch.equal(drawn["balanced"], drawn["adaptive"])
+    assert "of 50 calls are full" in str(agentsd.report(pipe))
+    with pytest.warns(UserWarning, match="nothing comes of cache_tolerance=0.01"):
+        agentsd.apply_patch(pipe, preset="adaptive", cache_tolerance=0.01)
+    assert torch.equal(run(num_inference_steps=24), drawn["balanced"])
     measured = str(agentsd.report(pipe, measure=True))
     assert ("measured: self-attention" if model == "PixArt" else "not timed: its attention is joint") in measured
 

@@ -24,10 +24,10 @@ SETTINGS = {
     "sampling": {"seed": 0, "preset": "few_steps"},
     "reuse": {"seed": 0, "ratio": 0, "cache_interval": 2},
     "balanced": {"seed": 0, "preset": "balanced"},
-    "fast": {"seed": 0, "preset": "fast", "merge_mlp": True},
+    "balanced, merging": {"seed": 0, "preset": "balanced", "ratio": 0.4, "merge_mlp": True},
     "adaptive": {"seed": 0, "preset": "adaptive", "cache_tolerance": 0.05},
 }
-REUSING = {name: SETTINGS[name] for name in ("reuse", "balanced", "fast", "adaptive")}
+REUSING = {name: SETTINGS[name] for name in ("reuse", "balanced", "balanced, merging", "adaptive")}
 KEEPING = {"kept": SETTINGS["kept"], **REUSING}  # anything from one call to the next
 SCHEDULERS = {
     "DDIM": diffusers.DDIMScheduler,

@@ -19,7 +19,7 @@ SETTINGS = {
     "every layer": {"merge_mlp": True, "merge_crossattn": True, "max_downsample": 2},
     "reuse": {"ratio": 0, "cache_interval": 2},
     "balanced": {"preset": "balanced"},
-    "fast": {"preset": "fast"},
+    "balanced, merging": {"preset": "balanced", "ratio": 0.4},
     "without draws": {"use_rand": False},
 }
 

@@ -220,7 +220,7 @@ def test_tracing_leaves_a_unet_that_works(how, name):
 def test_a_unet_whose_patch_is_removed_can_be_traced(how):
     """As if it had never been patched."""
     unet = make_unet()
-    agentsd.apply_patch(unet, **SETTINGS["fast"])
+    agentsd.apply_patch(unet, **SETTINGS["balanced, merging"])
     outputs(unet)
     agentsd.remove_patch(unet)
     with warnings.catch_warnings():

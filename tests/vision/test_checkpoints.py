@@ -45,6 +45,29 @@ def test_classifier(name: str, tmp_path: Path) -> None:
     assert model.state_dict().keys() == official.keys() and equal(model.state_dict(), official)
 
 
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_wrapped(wrapper: str | None, prefix: str, tmp_path: Path) -> None:
+    official = official_state(created("agent_pvt_tiny"))
+    state = {prefix + key: x for key, x in official.items()}
+    torch.save({wrapper: state, "epoch": 299} if wrapper else state, tmp_path / "official.pth")
+    assert equal(created("agent_pvt_tiny", checkpoint_path=tmp_path / "official.pth").state_dict(), official)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"], ids=["empty", "text"])
+def test_a_file_that_is_no_checkpoint_is_an_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "official.pth"
+    path.write_bytes(content)
+    with pytest.raises((EOFError, RuntimeError)):
+        created("agent_pvt_tiny", checkpoint_path=path)
+
+
+def test_another_models_checkpoint_is_an_error(tmp_path: Path) -> None:
+    path = saved(tmp_path, official_state(created("agent_swin_tiny")))
+    with pytest.raises(RuntimeError, match=r"AgentPVT[\s\S]*Missing key[\s\S]*Unexpected key"):
+        created("agent_pvt_tiny", checkpoint_path=path)
+
+
 def test_the_configuration_beside_the_weights_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class CfgNode(dict):
         """As yacs has it: a dictionary with attributes of its own."""

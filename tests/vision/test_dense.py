@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
-from golden import image
+from golden import filled, image
 from torch import nn
 
 from agentsd.vision.detection import mask_rcnn, retinanet
@@ -55,3 +56,35 @@ def test_segmenter(name: str, architecture: type[nn.Module]) -> None:
     assert out.shape == (2, 4, 64, 96)
     out.square().mean().backward()
     assert all(p.grad is not None for p in model.encoder.parameters())
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("name", SMALL)
+def test_detector_on_an_odd_size(name: str, detector: str) -> None:
+    model = DETECTORS[detector](name, 3, {**SMALL[name], **AGENTS}, min_size=77, max_size=123).eval()
+    (found,) = model([torch.rand(3, 123, 77)])
+    height, width = 123, 77
+    assert found["boxes"].isfinite().all() and (found["boxes"] <= torch.tensor([width, height, width, height])).all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_segmenter_on_an_odd_size(name: str) -> None:
+    """The library pads nothing and says so; padded to multiples of 32, what was asked for can be cut out."""
+    model = smp.FPN(encoder_name=f"tu-{name}", encoder_weights=None, classes=4, **SMALL[name], **AGENTS).eval()
+    x = image(123, 77)
+    with pytest.raises(RuntimeError, match="128, 96"):
+        model(x)
+    padded = nn.functional.pad(x, (0, -77 % 32, 0, -123 % 32))
+    assert model(padded)[..., :123, :77].isfinite().all()
+
+
+@torch.enable_grad()
+def test_agents_that_do_not_divide_a_rectangle() -> None:
+    """Maps of 40x24 to 5x3, 7x7 to 2x2 agents: a model of any size agrees, and all parameters learn."""
+    sizes = {**SMALL["agent_pvt_tiny"], "img_size": (160, 96), "agents": (49, 16, 9, 4)}
+    fixed = filled(timm.create_model("agent_pvt_tiny", **sizes))
+    free = filled(timm.create_model("agent_pvt_tiny", **sizes, dynamic_img_size=True))
+    out = fixed(image(160, 96))
+    torch.testing.assert_close(free(image(160, 96)), out)
+    out.square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in fixed.parameters())

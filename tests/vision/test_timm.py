@@ -7,6 +7,7 @@ import timm
 import torch
 from golden import image
 from timm.models._manipulate import group_parameters
+from timm.models.vision_transformer import ParallelScalingBlock
 from timm.optim import create_optimizer_v2
 
 import agentsd.vision  # noqa: F401 (registers the models)
@@ -97,6 +98,20 @@ class TestClassifier:
         model.train()
         assert not torch.equal(model(x), model(x))
 
+    @pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate"])
+    def test_dropout_is_in_every_block(self, family: str, rate: str) -> None:
+        model = small(family, **{rate: 0.25})
+        dropouts = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+        if rate == "proj_drop_rate":  # behind the attention, and behind both maps of the MLP
+            assert dropouts == [0.25] * 3 * sum(name.endswith("mlp") for name, _ in model.named_modules())
+        assert torch.equal(model(image(64, 64)), model(image(64, 64)))
+        model.train()
+        assert not torch.equal(model(image(64, 64)), model(image(64, 64)))
+
+    def test_unknown_options_are_errors(self, family: str) -> None:
+        with pytest.raises(TypeError, match="proj_bais"):
+            small(family, proj_bais=False)
+
     def test_parameter_groups(self, family: str) -> None:
         model = small(family)
         names = dict(model.named_parameters())
@@ -123,6 +138,10 @@ class TestClassifier:
         torch.testing.assert_close(last.flatten(2), tokens)
         early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
         torch.testing.assert_close(early, maps[:2])
+        stopped, early = model.forward_intermediates(x, indices=[0, 1], stop_early=True)
+        torch.testing.assert_close(early, maps[:2])
+        if family != "deit":  # whose norm fits every block, as in timm
+            torch.testing.assert_close(stopped.permute(0, 3, 1, 2), maps[1])
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     def test_compiles_and_exports(self, family: str) -> None:
@@ -131,6 +150,68 @@ class TestClassifier:
         torch.testing.assert_close(compiled(x), model(x))
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
         torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"qk_norm": True},
+        {"scale_attn_norm": True},
+        {"proj_bias": False},
+        {"attn_layer": "diff"},
+        {"block_fn": ParallelScalingBlock},
+        {"patch_drop_rate": 0.5},
+        {"dynamic_img_size": True},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_deit_refuses_what_agent_attention_has_no_place_for(option: dict[str, object]) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}=.*leave it out"):
+        small("deit", **option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"global_pool": "map"},
+        {"scale_mlp_norm": True},
+        {"init_values": 0.1},
+        {"class_token": False, "global_pool": "avg"},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+@torch.enable_grad()
+def test_deit_takes_timms_other_options(option: dict[str, object]) -> None:
+    """Each gives a model of other parameters, all of which learn."""
+    model = small("deit", **option)
+    model(image(64, 64).to(option.get("dtype"))).square().sum().backward()
+    assert all(p.grad is not None and p.dtype == option.get("dtype", p.dtype) for p in model.parameters())
+    usual = {name: (p.shape, p.dtype) for name, p in small("deit").named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} != usual
+
+
+def test_deit_gives_the_features_that_timms_does() -> None:
+    """By default the last three of its maps."""
+    model = small("deit", depth=4, features_only=True)
+    twin = timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=24, depth=4, features_only=True)
+    assert model.feature_info.module_name() == twin.feature_info.module_name()
+    assert [m.shape for m in model(image(64, 64))] == [m.shape for m in twin(image(64, 64))]
+
+
+@pytest.mark.parametrize("family", ["pvt", "cswin"])
+def test_an_attention_of_no_such_type_is_an_error(family: str) -> None:
+    with pytest.raises(ValueError, match=r"attn_type='AAXB'.*'A' .*'B'"):
+        small(family, attn_type="AAXB")
+
+
+@pytest.mark.parametrize("family", ["deit", "pvt", "cswin"])  # windows cannot be cut from no image: timm's Swin, too
+def test_a_batch_of_no_images(family: str) -> None:
+    model, x = small(family), torch.empty(0, 3, 64, 64)
+    assert model(x).shape == (0, 5)
+    assert model.train()(x).shape == (0, 5)
 
 
 @pytest.mark.parametrize("family", PYRAMIDS)
