@@ -106,7 +106,12 @@ def main() -> None:
         methods = fitting(methods, pipe, countable=True)
         for size in case.size:
             rows = [{"method": n, "ratio": m.ratio, **counted(pipe, m, size, case.steps)} for n, m in methods.items()]
-            result = {"kind": "operations", **card("meta"), "settings": {**asdict(case), "size": size}, "rows": rows}
+            result = {
+                "kind": "operations",
+                **card("meta"),
+                "settings": {**asdict(case), "size": size, "out": None},
+                "rows": rows,
+            }
             out = case.out / f"operations-{Path(case.model).name}-{size}.json"
             write_json(out, result)
             print_table(result, operations_rows(result))
