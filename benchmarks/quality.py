@@ -7,7 +7,7 @@ Resumable: an image that is there is not made again, and one is only there when 
     python benchmarks/quality.py --model examples/demo_model --images 64
     python benchmarks/quality.py --images 512 --batch 512 --dtype float32 --scheduler dpm++ --steps 25 --extractor none
     python benchmarks/quality.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts imagenet \\
-        --images 2000 --steps 50 --guidance 7.5 --real path/to/imagenet/val --extractor inception-v3-compat
+        --images 2000 --steps 50 --guidance 7.5 --real path/to/imagenet/pngs --extractor inception-v3-compat
 """
 
 # ruff: noqa: RUF009 (an option is a field)

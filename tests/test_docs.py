@@ -24,7 +24,7 @@ def test_the_first_screen_repeats_the_page():
     measured = {row[0]: row[1:4] for row in cells("docs/measured.md") if len(row) == 4 and "(" in row[1]}
     speed = r"\**\d\.\d\dx\**"
     rows = {row[0].strip("*"): row[1:4] for row in cells("README.md") if len(row) > 3 and re.fullmatch(speed, row[1])}
-    assert len(rows) == 7
+    assert len(rows) == 6
     for method, speeds in rows.items():
         known = measured[method.replace("the paper's schedule, r=0.4", "agentsd r=0.4 (the paper's schedule)")]
         assert [speed.strip("*") for speed in speeds] == [text.split()[0] for text in known]
