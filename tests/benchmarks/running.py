@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 BENCHMARKS, DEMO_MODEL = ROOT / "benchmarks", ROOT / "examples" / "demo_model"
-PAPER, FAST = "agentsd r=0.4 (the paper's schedule)", "agentsd fast"
+PAPER, MERGING = "agentsd r=0.4 (the paper's schedule)", "agentsd balanced, r=0.4"
 sys.path.insert(0, str(BENCHMARKS))
 pytest.importorskip("torch_fidelity", reason="the extra `bench` is not installed")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from running import FAST, PAPER, run
+from running import MERGING, PAPER, run
 
 import agentsd
 
@@ -21,14 +21,14 @@ def tiny_pipeline(model: str = "tiny", scheduler: str | None = None):
 @pytest.fixture(scope="module")
 def latency(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("latency") / "latency.json"
-    result = run("latency.py", *TINY, "--methods", PAPER, FAST, "--profile", "--out", out)
+    result = run("latency.py", *TINY, "--methods", PAPER, MERGING, "--profile", "--out", out)
     assert result.returncode == 0, result.stderr
     return {**json.loads(out.read_text()), "printed": result.stdout}
 
 
 def test_latency(latency):
     rows = latency["rows"]
-    assert [row["method"] for row in rows] == ["unpatched", PAPER, FAST]
+    assert [row["method"] for row in rows] == ["unpatched", PAPER, MERGING]
     assert rows[0]["speedup"] == 1
     for row in rows:
         assert len(row["rounds"]) == 2
@@ -205,10 +205,10 @@ def test_what_cannot_run_in_a_mode_is_left_out_and_named(tmp_path, monkeypatch):
         methods.METHODS, "DeepCache N=3", methods.Method(methods.unpatched, call=lambda *_, **__: fails(0))
     )
     out = tmp_path / "latency.json"
-    result = run("latency.py", *TINY, "--methods", "DeepCache N=3", FAST, "--out", out)
+    result = run("latency.py", *TINY, "--methods", "DeepCache N=3", MERGING, "--out", out)
     assert result.returncode == 0, result.stderr
     data = json.loads(out.read_text())
-    assert [row["method"] for row in data["rows"]] == ["unpatched", FAST]
+    assert [row["method"] for row in data["rows"]] == ["unpatched", MERGING]
     assert data["notes"] == ["DeepCache N=3, eager: left out, since it fails with: not with CUDA graphs"]
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from running import BENCHMARKS, FAST, PAPER, run
+from running import BENCHMARKS, MERGING, PAPER, run
 
 NOISE = (0, 5, 40)  # standard deviations, in levels of 255
-FEW = ["--images", "4", "--steps", "2", "--batch", "2", "--methods", FAST]
+FEW = ["--images", "4", "--steps", "2", "--batch", "2", "--methods", MERGING]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_quality(images):
     rows = {row["method"]: row for row in json.loads((images / "quality.json").read_text())["rows"]}
     assert "PSNR, dB" not in rows["unpatched"]["metrics"]  # it is what the others are compared with
-    metrics = rows[FAST]["metrics"]
-    assert len(rows[FAST]["psnr"]) == 4
-    assert metrics["PSNR, dB"] == pytest.approx(np.mean(rows[FAST]["psnr"]), abs=0.01)
+    metrics = rows[MERGING]["metrics"]
+    assert len(rows[MERGING]["psnr"]) == 4
+    assert metrics["PSNR, dB"] == pytest.approx(np.mean(rows[MERGING]["psnr"]), abs=0.01)
     assert 5 < metrics["PSNR least"] < metrics["PSNR, dB"] < 100
     assert metrics["FD-EffNetLite0"] > 0
 
@@ -44,7 +44,7 @@ def test_the_worst_image_is_shown_beneath_the_unpatched_one(images):
     sheet = Image.open(images / result["worst"])
     (psnrs,) = (row["psnr"] for row in result["rows"] if row["psnr"])
     head, side = 26, 192
-    for row, method in enumerate(("unpatched", "agentsd-fast")):
+    for row, method in enumerate(("unpatched", "agentsd-balanced-r=0.4")):
         shown = sheet.crop((8, head + row * (head + side), 8 + side, (row + 1) * (head + side)))
         made = [Image.open(path).resize(shown.size) for path in sorted((images / method).glob("*.png"))]
         far = [np.abs(np.asarray(shown, dtype=float) - np.asarray(image)).mean() for image in made]
@@ -53,9 +53,9 @@ def test_the_worst_image_is_shown_beneath_the_unpatched_one(images):
 
 def test_resumed_equals_uninterrupted(images, tmp_path):
     """Killed after one image, in the middle of the next: the rest is made, nothing twice."""
-    method = tmp_path / "agentsd-fast"
+    method = tmp_path / "agentsd-balanced-r=0.4"
     method.mkdir()
-    (method / "00000.png").write_bytes((images / "agentsd-fast" / "00000.png").read_bytes())
+    (method / "00000.png").write_bytes((images / "agentsd-balanced-r=0.4" / "00000.png").read_bytes())
     (method / "00001.part").write_bytes(b"torn")
     made = (method / "00000.png").stat().st_mtime_ns
     out = tmp_path / "q.json"
@@ -104,7 +104,7 @@ def test_against_real_images_a_distance_says_how_sure_it_is(noisy, tmp_path):
     from tables import quality_rows  # noqa: PLC0415
 
     study = Study(folder=tmp_path, images=32, real=noisy[0])
-    methods = {name: METHODS[name] for name in ("unpatched", PAPER, FAST)}
+    methods = {name: METHODS[name] for name in ("unpatched", PAPER, MERGING)}
     for name, source in zip(methods, noisy, strict=True):
         study.folder_of(name).symlink_to(source)
     result = measure(study, methods, [""] * 32)
