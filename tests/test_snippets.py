@@ -155,7 +155,7 @@ def test_commands(page):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.partition("  #")[0]
             for words in map(shlex.split, re.split(r"&&|\||;", line)):
-                if "agentsd" in words[:1] + words[3:4]:
+                if words[:1] == ["agentsd"] or "-m agentsd" in " ".join(words):
                     parser().parse_args(words[words.index("agentsd") + 1 :])
                 for script in [word for word in words if word.endswith(".py") and "$" not in word]:
                     assert (ROOT / script).is_file(), line
