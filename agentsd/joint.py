@@ -155,7 +155,7 @@ class JointAttnProcessor(AgentAttnProcessor):
         return torch.cat((others[:, :, : image.start], handed, others[:, :, image.start :]), 2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the compiler of PyTorch 2.6 hashes what is called
 class _Projections:
     """Queries, keys and values (``"q"``, ``"k"``, ``"v"``) of a layer, in heads, the first two at their places."""
 
