@@ -111,7 +111,7 @@ def how_faithful(results: list[Result]) -> tuple[str, dict[str, str]]:
         return "", {}
     text = (
         "How near an image is to the unpatched one of the same seed, on the demo model: mean PSNR with its standard "
-        "error. Squares are ours; nothing is above and right of the grey line."
+        "error. Squares are ours; the grey line joins the best trade-offs."
     )
     parts, pictures = ["## How faithful", text], {}
     for quality in found:
@@ -126,7 +126,14 @@ def how_faithful(results: list[Result]) -> tuple[str, dict[str, str]]:
         pictures["images"] = distribution(listed)
         parts.append("Each image for itself, the worst at the left:\n\n![PSNR of each image](plots/images.svg)")
         parts += worst_images(listed)
-    return "\n\n".join([*parts, metrics_table(found, QUALITY)]), pictures
+    parts.append(metrics_table(found, QUALITY))
+    if listed is not None:
+        images = listed["settings"]["images"]
+        parts.append(
+            f"The worst of 20 among {images} images rests on {max(1, round(images / 20))} of them; the 512 images in "
+            "[README](../../README.md#how-fast-how-faithful) are the better estimate."
+        )
+    return "\n\n".join(parts), pictures
 
 
 def worst_images(result: Result) -> list[str]:
@@ -180,7 +187,8 @@ def on_transformers(results: list[Result]) -> tuple[str, dict[str, str]]:
         names = dict.fromkeys(name for ratios in saved for name in ratios if name != "unpatched")
         rows: Rows = [("times fewer operations", *(f"{case(r)}, {r['settings']['steps']} steps" for r in counted))]
         rows += [(name, *(f"{of[name]:.2f}x" if name in of else "" for of in saved)) for name in names]
-        parts += ["Counted, and not timed. TaylorSeer skips attention alone.", markdown(rows)]
+        about = "Operations, counted; [seconds](#how-fast) where they were timed. TaylorSeer skips attention alone."
+        parts += [about, markdown(rows)]
     for r in (r for r in results if r["kind"] == "quality" and "sd3" in r["settings"]["model"]):
         parts += [f"PSNR to the unpatched images, in dB: {title(r)}.", markdown(quality_rows(r)), *worst_images(r)]
     for r in (r for r in results if r["kind"] == "exactness"):
