@@ -10,19 +10,25 @@ import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from conftest import ROOT
+from conftest import POOLED_CHANNELS, ROOT, TEXT_CHANNELS, TEXT_LENGTH
 from diffusers import (
+    AutoencoderKL,
     AutoPipelineForText2Image,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from tiny_transformers import make_transformer
 
 import agentsd
 from agentsd.cli import parser, pictures
 
 DEMO = ROOT / "examples" / "demo_model"
+DEMO_SD3 = DEMO.with_name("demo_model_sd3")
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 NEEDS = {"DeepCache": "DeepCache", "tomesd": "tomesd", "agentsd.vision": "timm", "load_lora": "peft"}
 STEPS = 4
@@ -51,7 +57,7 @@ def here(tmp_path, monkeypatch, demo):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "images").mkdir()
-    for cls in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusion3Pipeline):
+    for cls in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusion3Pipeline, FluxPipeline):
         monkeypatch.setattr(cls, "__call__", in_few_steps(cls.__call__))
     if MODULAR:
         modular = diffusers.StableDiffusionXLModularPipeline
@@ -59,9 +65,16 @@ def here(tmp_path, monkeypatch, demo):
         monkeypatch.setattr(modular, "load_components", lambda pipe, **_: None)
         monkeypatch.setattr(diffusers.ModularPipeline, "from_pretrained", lambda name: small_modular_sdxl())
     load = DiffusionPipeline.from_pretrained
-    of_hub = lambda name, **options: (StableDiffusionPipeline if "/" in name else load).from_pretrained(
-        DEMO, **options
-    )
+
+    def of_hub(name, **options):
+        if "FLUX" in name:
+            return tiny_flux()
+        if "stable-diffusion-3" in name:
+            return StableDiffusion3Pipeline.from_pretrained(DEMO_SD3, **NO_T5, **options)
+        return (StableDiffusionPipeline if "/" in name else load).from_pretrained(DEMO, **options)
+
+    texts = (torch.zeros(1, TEXT_LENGTH, TEXT_CHANNELS), torch.zeros(1, POOLED_CHANNELS), torch.zeros(TEXT_LENGTH, 3))
+    monkeypatch.setattr(FluxPipeline, "encode_prompt", lambda pipe, **_: texts)
     monkeypatch.setattr(AutoPipelineForText2Image, "from_pretrained", of_hub)
     offload = lambda pipe: cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
     monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", offload)
@@ -77,6 +90,16 @@ def small_modular_sdxl():
     pipe = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
     parts = small_sdxl().components
     pipe.update_components(**{name: part for name, part in parts.items() if part is not None})
+    return pipe
+
+
+def tiny_flux():
+    """Without text encoders, and of random weights but for its autoencoder."""
+    vae = AutoencoderKL.from_pretrained(DEMO_SD3, subfolder="vae").to(torch.float32)
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = FluxPipeline(vae=vae, transformer=make_transformer("flux"), scheduler=scheduler, **absent)
+    pipe.default_sample_size = 32
     return pipe
 
 
@@ -107,7 +130,7 @@ def test_python(page, here, demo, request):
 @pytest.mark.parametrize("card", ["demo_model", "demo_model_sd3"])
 def test_the_demo_models_in_half_precision(card, dtype):
     """As they are stored, and as a GPU runs them: the snippets of their cards, but for the type."""
-    absent = {"text_encoder_3": None, "tokenizer_3": None} if card.endswith("sd3") else {}
+    absent = NO_T5 if card.endswith("sd3") else {}
     pipe = DiffusionPipeline.from_pretrained(DEMO.with_name(card), **absent).to(dtype)
     pipe.set_progress_bar_config(disable=True)
     draw = lambda: (
@@ -141,7 +164,8 @@ def prepare(page, folder, demo) -> None:
 
         import agentsd.vision  # noqa: F401, PLC0415
 
-        torch.save(timm.create_model("agent_pvt_tiny").state_dict(), folder / "agent_pvt_t.pth")
+        for name, file in {"agent_pvt_tiny": "agent_pvt_t.pth", "agent_deit_tiny": "agent_deit_t.pth"}.items():
+            torch.save(timm.create_model(name).state_dict(), folder / file)
         backbone = timm.create_model("agent_swin_tiny").state_dict()
         torch.save({f"backbone.{name}": value for name, value in backbone.items()}, folder / "mask_rcnn.pth")
 
