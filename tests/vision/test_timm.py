@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import timm
 import torch
+from conftest import sweep
 from golden import image
 from timm.models._manipulate import group_parameters
 from timm.models.vision_transformer import ParallelScalingBlock
@@ -150,6 +153,26 @@ class TestClassifier:
         torch.testing.assert_close(compiled(x), model(x))
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
         torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("family", sweep(["pvt"], [family for family in FAMILIES if family != "pvt"]))
+def test_exports_to_onnx(family: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x, file = small(family), image(64, 64), io.BytesIO()
+    torch.onnx.export(model, (x,), dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.long
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiles_once_for_sizes_that_vary() -> None:
+    """But for the size that the model is built for, where nothing is stretched."""
+    model = small("pvt", depths=(1, 1, 1, 1), dynamic_img_size=True)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+    for height, width in ((128, 96), (160, 192)):
+        torch.testing.assert_close(compiled(image(height, width)), model(image(height, width)))
 
 
 @pytest.mark.parametrize(

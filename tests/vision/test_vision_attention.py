@@ -81,6 +81,15 @@ def test_any_grid_at_run_time() -> None:
     torch.testing.assert_close(module(x, (9, 5)), other(x))
 
 
+@pytest.mark.parametrize("module", [AgentAttention, ReducedAgentAttention])
+@torch.enable_grad()
+def test_an_empty_batch(module: type[AgentAttention]) -> None:
+    x = torch.empty(0, 36, 24, requires_grad=True)
+    y = module(24, 3, (6, 6), 9)(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+
+
 def test_class_tokens_are_not_pooled() -> None:
     """A class token changes others only as a key: without its key and value they do not see it."""
     module = filled(AgentAttention(24, 3, (4, 4), 4, class_tokens=1))
