@@ -19,7 +19,7 @@ from torch import Tensor
 
 from agentsd.attention import agent_attention
 from agentsd.matching import Matching, Partition
-from agentsd.merge import merge, unmerge
+from agentsd.merge import merge, sizes, unmerge
 from agentsd.processor import AgentAttnProcessor, keeper, processor_of
 from agentsd.schedule import Counts
 
@@ -79,19 +79,12 @@ class Part:
 
     def place(self, matching: Matching) -> Tensor:
         """Where a group is: with its dst token, or its only one. (B, M)."""
-        batch, tokens, groups = matching.shape
-        group, order = matching.group.view(batch, tokens), self.partition.order.long().expand(batch, -1)
-        group = (group - torch.arange(batch, device=group.device)[:, None] * groups).gather(1, order)
-        place, dst = order.new_zeros(batch, groups), self.partition.num_dst
+        batch, groups, dst = len(matching.group), matching.groups, self.partition.num_dst
+        order = self.partition.order.long().expand(batch, -1)
+        group = (matching.group % groups).gather(1, order)
+        place = order.new_zeros(batch, groups)
         place.scatter_(1, group[:, dst:], order[:, dst:])
         return place.scatter_(1, group[:, :dst], order[:, :dst])
-
-
-def sizes(matching: Matching) -> Tensor:
-    """How many tokens each group has, (B, M)."""
-    batch, _, groups = matching.shape
-    ones = torch.ones(len(matching.group), device=matching.group.device)
-    return torch.zeros(batch * groups, device=ones.device).index_add_(0, matching.group, ones).view(batch, groups)
 
 
 class JointAttnProcessor(AgentAttnProcessor):

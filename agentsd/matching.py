@@ -71,22 +71,16 @@ class Matching:
     """An assignment of B x N tokens to B x M groups, numbered through the batch.
 
     Attributes:
-        group: (B * N,) the group of each token; groups of sample b are ``b * M .. (b + 1) * M - 1``.
-        shape: (B, N, M).
+        group: (B, N) the group of each token; groups of sample b are ``b * M .. (b + 1) * M - 1``.
+        groups: M.
         members: (B * N,) the tokens sorted by group.
         starts: (B * M,) where among the members each group begins.
     """
 
     group: Tensor
-    shape: tuple[int, int, int]
+    groups: int
     members: Tensor
     starts: Tensor
-
-    @classmethod
-    def of(cls, group: Tensor, shape: tuple[int, int, int]) -> Matching:
-        sorted_groups, members = group.sort(stable=True)
-        groups = torch.arange(shape[0] * shape[2], device=group.device)
-        return cls(group, shape, members, torch.searchsorted(sorted_groups, groups))
 
 
 @dataclass(frozen=True)
@@ -96,25 +90,23 @@ class Edges:
     Attributes:
         partition: the tokens that the edges connect.
         nearest: (B, S) for each src token the dst token most similar to it, as an index below D.
-        rank: (B, S) the place of every src token by that similarity, 0 for the most similar.
+        ranked: (B, S) the src tokens, as indices below S, by that similarity, the most similar first.
     """
 
     partition: Partition
     nearest: Tensor
-    rank: Tensor
+    ranked: Tensor
 
     def cut(self, r: int) -> Matching:
         """Merge along the ``r`` best edges: (B, N) tokens into M = N - r groups, one of each dst first."""
-        batch, num_src = self.nearest.shape
-        num_dst, device = self.partition.num_dst, self.nearest.device
-        tokens, groups = num_dst + num_src, num_dst + num_src - r
-        src_group = self.nearest
-        if r < num_src:  # the others are groups of their own, numbered after the dst
-            src_group = torch.where(self.rank < r, self.nearest, self.rank + (num_dst - r))
-        dst_group = torch.arange(num_dst, device=device).expand(batch, -1)
-        group = torch.cat((dst_group, src_group), dim=1).index_select(1, self.partition.inverse)
-        first = torch.arange(0, batch * groups, groups, device=device).unsqueeze(1)
-        return Matching.of((group + first).flatten(), (batch, tokens, groups))
+        (batch, num_src), num_dst = self.nearest.shape, self.partition.num_dst
+        groups = num_dst + num_src - r
+        numbers = torch.arange(batch * groups, device=self.nearest.device)
+        number = numbers.view(batch, groups)
+        src = (self.nearest + number[:, :1]).scatter_(1, self.ranked[:, r:], number[:, num_dst:])
+        group = torch.cat((number[:, :num_dst], src), dim=1).index_select(1, self.partition.inverse)
+        in_order, members = group.flatten().sort(stable=True)
+        return Matching(group, groups, members, torch.searchsorted(in_order, numbers))
 
 
 def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
@@ -131,12 +123,11 @@ def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
     exact = x.dtype if x.dtype == torch.float64 else torch.float32  # in half precision norms overflow
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
     x = (x / length.clamp_min(1e-12)).to(x.dtype).index_select(1, partition.order)
-    dst, src = x[:, : partition.num_dst].transpose(1, 2), x[:, partition.num_dst :]
+    dst, src = x[:, : partition.num_dst].mT, x[:, partition.num_dst :]
     rows = max(1, MOST_SIMILARITIES * x.shape[1] * x.shape[2] // partition.num_dst)
     if rows >= src.shape[1]:
-        similarity, nearest = (src @ dst).max(dim=-1)  # (B, S, D) -> (B, S)
+        similarity, nearest = torch.bmm(src, dst).max(dim=-1)  # (B, S, D) -> (B, S)
     else:
-        best = [(part @ dst).max(dim=-1) for part in torch.split(src, rows, dim=1)]
+        best = [torch.bmm(part, dst).max(dim=-1) for part in torch.split(src, rows, dim=1)]
         similarity, nearest = (torch.cat(parts, dim=1) for parts in zip(*best, strict=True))
-    rank = similarity.argsort(dim=-1, descending=True).argsort(dim=-1)
-    return Edges(partition, nearest, rank)
+    return Edges(partition, nearest, similarity.argsort(dim=-1, descending=True))

@@ -61,9 +61,9 @@ def plainly(attn, part, x, text, rotary):
 
     def merged(matching, b):
         """Means of the groups of one sample, where each is, and how many tokens it has."""
-        group = matching.group.view(matching.shape[:2])[b] - b * matching.shape[2]
+        group = matching.group[b] - b * matching.groups
         dst = set(part.partition.dst.tolist())
-        members = [(group == g).nonzero().flatten().tolist() for g in range(matching.shape[2])]
+        members = [(group == g).nonzero().flatten().tolist() for g in range(matching.groups)]
         places = [next((i for i in m if i in dst), m[0]) for m in members]
         rows = torch.stack([x[b, [i + part.before for i in m]].mean(0) for m in members])
         return group, rows, places, torch.tensor([float(len(m)) for m in members])

@@ -186,7 +186,7 @@ class AgentSD:
     def attention_output(self, n: Tensor, options: dict[str, Any]) -> Tensor:
         """(B, M, C) of merged tokens -> (B, N, C)."""
         call = self.call
-        if call is None or call.matching is None or n.shape[1] != call.matching.shape[2]:
+        if call is None or call.matching is None or n.shape[1] != call.matching.groups:
             return n
         matching, call.matching = call.matching, None
         return unmerge(n, matching)
