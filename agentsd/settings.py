@@ -91,7 +91,8 @@ class Settings:
             kernels, and so the same image, without waiting for Python to launch them one by one. Recorded anew where
             shapes, types, constants, modules or addresses of weights change. Hooks of modules inside run only as it
             is recorded. Where it cannot be, a warning says why, and calls run as without: on other devices, with
-            offloading, autocast or gradients. `torch.compile` has graphs of its own (``mode="reduce-overhead"``).
+            offloading, autocast or gradients. `torch.compile` has graphs of its own (``mode="reduce-overhead"``),
+            which nobody has run under a patch yet.
 
     Raises:
         TypeError: an argument is of the wrong type.

@@ -41,14 +41,14 @@ class AgentDeiT(VisionTransformer):
 
     Args:
         img_size: pixels; the model takes this size only.
-        agents: of each block, front to back; blocks behind the last of them keep softmax attention.
+        agents: of each block, front to back; blocks behind the last of them keep softmax attention. None is 49 in all.
         options: those of `VisionTransformer`.
 
     Raises:
-        ValueError: for an option that agent attention has no place for.
+        ValueError: for an option that agent attention has no place for, or agents for more blocks than there are.
     """
 
-    def __init__(self, img_size: int | Grid = 224, agents: Sequence[int] = (49,) * 12, **options: Any):
+    def __init__(self, img_size: int | Grid = 224, agents: Sequence[int] | None = None, **options: Any):
         for name, allowed in FIXED.items():
             if options.get(name, allowed) != allowed:
                 raise ValueError(
@@ -56,6 +56,9 @@ class AgentDeiT(VisionTransformer):
                     f"and timm's block and plain attention; {name} may only be {allowed!r}, so leave it out"
                 )
         super().__init__(img_size=img_size, **{k: v for k, v in options.items() if k not in FIXED})
+        agents = [49] * len(self.blocks) if agents is None else agents
+        if len(agents) > len(self.blocks):
+            raise ValueError(f"agents={agents!r}: {len(agents)} numbers, for {len(self.blocks)} blocks; give as many")
         for block, number in zip(self.blocks, agents, strict=False):
             softmax = block.attn
             block.attn = BlockAttention(

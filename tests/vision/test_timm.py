@@ -13,7 +13,7 @@ from timm.models._manipulate import group_parameters
 from timm.models.vision_transformer import ParallelScalingBlock
 from timm.optim import create_optimizer_v2
 
-import agentsd.vision  # noqa: F401 (registers the models)
+from agentsd.vision import AgentAttention  # which registers the models
 
 FAMILIES = {
     "deit": ("agent_deit_tiny", {"embed_dim": 24, "depth": 3}),
@@ -214,6 +214,13 @@ def test_deit_takes_timms_other_options(option: dict[str, object]) -> None:
     assert all(p.grad is not None and p.dtype == option.get("dtype", p.dtype) for p in model.parameters())
     usual = {name: (p.shape, p.dtype) for name, p in small("deit").named_parameters()}
     assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} != usual
+
+
+def test_deit_has_agents_in_as_many_blocks_as_are_given() -> None:
+    kinds = lambda **options: [isinstance(block.attn, AgentAttention) for block in small("deit", **options).blocks]
+    assert kinds(depth=14) == [True] * 14 and kinds(agents=(9, 4)) == [True, True, False]
+    with pytest.raises(ValueError, match="4 numbers, for 3 blocks"):
+        small("deit", agents=(9,) * 4)
 
 
 def test_deit_gives_the_features_that_timms_does() -> None:
