@@ -64,40 +64,12 @@ def apply_patch(
         ValueError: an argument is out of its range, or ``model`` has no layer to patch.
         RuntimeError: in the middle of a call of a patched denoiser.
     """
-    given = settings if ratio is None else {"ratio": ratio, **settings}
-    chosen = Settings.of(preset, given)
     net = denoiser_of(model)
-    host = host_of(net)
-    sites = [site for site in host.sites(net) if not site.skip]
-    found = sorted({site.downsample for site in sites})
-    if not found:
-        name = type(model).__name__
-        raise ValueError(f"{name} has no self-attention to patch that agentsd knows: expected {SUPPORTED}.")
-    for name in ("merge_crossattn", "merge_mlp"):
-        if getattr(chosen, name) and any(site.joint for site in sites):
-            raise ValueError(
-                f"{name}=True is not allowed: blocks of {type(net).__name__} have joint attention, around which alone "
-                f"tokens merge; leave out {name}."
-            )
-    if chosen.max_downsample is not None and chosen.max_downsample < found[0]:
-        raise ValueError(
-            f"max_downsample={chosen.max_downsample} is not allowed: {type(net).__name__} has self-attention at "
-            f"downsampling {', '.join(map(str, found))} only; give one of these, or None."
-        )
-    if not chosen.acts and not chosen.reuses and not chosen.cuda_graphs:
-        why = "ratio=0" if chosen.ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
-        warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=2)
-    else:
-        _name_idle(chosen, given)
-    if chosen.cache_tolerance and not host.middle(net, chosen.cache_branch).lines:
-        if "cache_tolerance" in given:
-            why = f"the full calls of a {type(net).__name__} are evenly spread, which is nearer than to go by errors"
-            warnings.warn(
-                f"agentsd: nothing comes of cache_tolerance={chosen.cache_tolerance:g}: {why}.", stacklevel=2
-            )
-        chosen = replace(chosen, cache_tolerance=0.0, cache_budget=1.0)
+    given = settings if ratio is None else {"ratio": ratio, **settings}
+    chosen = settings_for(net, preset, given)
+    _name_idle(net, chosen, given)
     pipeline = model if hasattr(model, "scheduler") else None
-    patch = Patch(net, host, chosen, pipeline)  # raises where features cannot be reused, before anything changes
+    patch = Patch(net, host_of(net), chosen, pipeline)  # may raise: before anything changes
     for other, alone in _controlnets(model, chosen).items():
         patch.nets.append((Weakly(other), Patch(other, host_of(other), alone, pipeline)))
     remove_patch(model)
@@ -109,8 +81,43 @@ def apply_patch(
     return model
 
 
-def _name_idle(chosen: Settings, given: Mapping[str, Any]) -> None:
-    for why, names in idle(chosen, given).items():
+def settings_for(net: nn.Module, preset: str | Path | None, given: Mapping[str, Any]) -> Settings:
+    """The settings that `apply_patch` patches a denoiser with: checked, and without what decides nothing there.
+
+    Raises:
+        TypeError, ValueError: as `apply_patch`.
+    """
+    chosen, host = Settings.of(preset, given), host_of(net)
+    sites = [site for site in host.sites(net) if not site.skip]
+    found, kind = sorted({site.downsample for site in sites}), type(net).__name__
+    if not found:
+        raise ValueError(f"{kind} has no self-attention to patch that agentsd knows: expected {SUPPORTED}.")
+    for name in ("merge_crossattn", "merge_mlp"):
+        if getattr(chosen, name) and any(site.joint for site in sites):
+            raise ValueError(
+                f"{name}=True is not allowed: blocks of {kind} have joint attention, around which alone tokens merge; "
+                f"leave out {name}."
+            )
+    if chosen.max_downsample is not None and chosen.max_downsample < found[0]:
+        raise ValueError(
+            f"max_downsample={chosen.max_downsample} is not allowed: {kind} has self-attention at downsampling "
+            f"{', '.join(map(str, found))} only; give one of these, or None."
+        )
+    if chosen.cache_tolerance and not host.middle(net, chosen.cache_branch).lines:  # full calls are evenly spread
+        chosen = replace(chosen, cache_tolerance=0.0, cache_budget=1.0)
+    return chosen
+
+
+def _name_idle(net: nn.Module, chosen: Settings, given: Mapping[str, Any]) -> None:
+    if not chosen.acts and not chosen.reuses and not chosen.cuda_graphs:
+        why = "ratio=0" if chosen.ratio == 0 else "merge_attn, merge_crossattn and merge_mlp all False"
+        warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=3)
+        return
+    reasons = idle(chosen, given)
+    if given.get("cache_tolerance") and not chosen.cache_tolerance:
+        why = f"the full calls of a {type(net).__name__} are evenly spread, which is nearer than to go by errors"
+        reasons[why] = ["cache_tolerance"]
+    for why, names in reasons.items():
         listed = ", ".join(f"{name}={given[name]!r}" for name in names)
         warnings.warn(f"agentsd: nothing comes of {listed}: {why}.", stacklevel=3)
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from agentsd.apply import apply_patch, patched, without_patch
+from agentsd.apply import apply_patch, patched, settings_for, without_patch
 from agentsd.models import denoiser_of
-from agentsd.patch import patch_of
 from agentsd.settings import Settings
 from agentsd.trials import Trial, Tuning, choose, parse_target
 
@@ -136,11 +135,10 @@ def tune(
 
 def distinct(pipe: Any) -> dict[str, dict[str, Any]]:
     """The candidates, each but once: some are the same on this denoiser."""
-    found: dict[Settings, str] = {}
+    net, found = denoiser_of(pipe), dict[Settings, str]()
     for name, settings in CANDIDATES.items():
-        with patched(pipe, **settings):
-            if (patch := patch_of(pipe)) is not None:
-                found.setdefault(patch.settings, name)
+        given = {key: value for key, value in settings.items() if key != "preset"}
+        found.setdefault(settings_for(net, settings.get("preset"), given), name)
     return {name: CANDIDATES[name] for name in found.values()}
 
 

@@ -58,7 +58,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "reports": "schedule settings planner",
     "survey": "schedule control costs settings hosts planner processor block models patch reports",
     "trials": "",
-    "tuning": "apply models patch settings trials",
+    "tuning": "apply models settings trials",
     "agentsd": "settings apply reports survey trials tuning",
     "cli": "idle trials tuning agentsd",
     "__main__": "cli",
