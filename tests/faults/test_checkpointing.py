@@ -133,7 +133,7 @@ def tensors() -> int:
 
 @pytest.mark.parametrize(("checkpointing", "kept"), [(False, False), (True, False), (True, True)])
 def test_recorded_calls_without_a_backward_pass_pile_up_nothing(checkpointing, kept):
-    """A validation loop whose author forgot `no_grad`: as many tensors after thirty calls as an unpatched UNet has.
+    """A validation loop whose author forgot `no_grad`: as many tensors after twelve calls as an unpatched UNet has.
 
     Where the outputs are kept, each of the three patched blocks needs its draw of each call for the gradients to come.
     """
@@ -146,10 +146,10 @@ def test_recorded_calls_without_a_backward_pass_pile_up_nothing(checkpointing, k
             unet.enable_gradient_checkpointing()
         outputs, counts = [], []
         with torch.enable_grad():
-            for call in range(30):
+            for call in range(12):
                 outputs.append(unet(**unet_inputs(timestep=999 - call)).sample)
                 del outputs[: None if not kept else 0]
-                if call in (9, 29):
+                if call in (3, 11):
                     counts.append(tensors())
         grown.append(counts[1] - counts[0])
-    assert grown[1] <= grown[0] + 20 * (3 * 3 if kept else 0)
+    assert grown[1] <= grown[0] + 8 * (3 * 3 if kept else 0)
