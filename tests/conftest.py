@@ -45,6 +45,12 @@ UNETS = {
         "projection_class_embeddings_input_dim": 80,
     },
 }
+ONE_LEVEL = {  # as little as can be patched: quick to run, and to compile
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 TEXT_LENGTH, TEXT_CHANNELS, POOLED_CHANNELS = 5, 16, 32
 
 
@@ -77,8 +83,8 @@ def make_pipeline(kind: str = "sd15", scheduler=None, **overrides):
     return pipe
 
 
-def make_img2img(scheduler=None) -> StableDiffusionImg2ImgPipeline:
-    parts = make_pipeline(scheduler=scheduler).components
+def make_img2img(scheduler=None, **overrides) -> StableDiffusionImg2ImgPipeline:
+    parts = make_pipeline(scheduler=scheduler, **overrides).components
     pipe = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

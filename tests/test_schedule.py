@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import image, make_img2img, make_pipeline, make_scheduler, unet_inputs
+from conftest import ONE_LEVEL, image, make_img2img, make_pipeline, make_scheduler, unet_inputs
 from diffusers import StableDiffusionPipeline
 
 import agentsd
@@ -60,7 +60,7 @@ class Recorder:
 
 def patched_pipeline(name, make=make_pipeline, **kwargs):
     cls, config = SCHEDULERS[name]
-    pipe = make(scheduler=make_scheduler(cls, **config))
+    pipe = make(scheduler=make_scheduler(cls, **config), **ONE_LEVEL)
     agentsd.apply_patch(pipe, **kwargs)
     return pipe, Recorder(pipe)
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch._dynamo
-from conftest import make_scheduler, make_unet, sweep, unet_inputs
+from conftest import ONE_LEVEL, make_scheduler, make_unet, sweep, unet_inputs
 from diffusers import DDIMScheduler
 from torch._dynamo.utils import counters
 from torch.profiler import profile, record_function
@@ -28,15 +28,7 @@ HOW = {
 }
 
 
-SIZES = {  # one level is a third of what there is to compile
-    "one level": {
-        "block_out_channels": (16,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "mid_block_type": None,
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    },
-    "two levels": {},
-}
+SIZES = {"one level": ONE_LEVEL, "two levels": {}}
 ORDERS = ("before", "after")
 NOTICES = sweep(product(["one level"], ["torch.compile", "compile_repeated_blocks"]), product(["two levels"], HOW))
 CASES = sweep(

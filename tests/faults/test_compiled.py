@@ -14,16 +14,10 @@ from situations import SETTINGS, sweep
 import agentsd
 
 TIMESTEPS = (901, 781, 101)
-ONE_LEVEL = {  # a third as much to compile
-    "block_out_channels": (16,),
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "mid_block_type": None,
-    "up_block_types": ("CrossAttnUpBlock2D",),
-}
 
 
 def make_unet():
-    return conftest.make_unet(**ONE_LEVEL)
+    return conftest.make_unet(**conftest.ONE_LEVEL)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from situations import SETTINGS, Stopped, cancel, fail, inputs_of, is_one_of, pa
 
 import agentsd
 
-ORDINARY, LONG = 24, 500
+ORDINARY, LONG = 20, 500
 KINDS = [("DDIM", "Euler"), ("Euler", "Euler"), ("DDIM", "DDIM"), ("PNDM", "DPM++ 2M"), ("Heun", "DDIM")]
 STEPS = [3, 4, 6]
 CALLBACKS = {"": lambda at: None, "cancelled": cancel, "failed": fail}
