@@ -114,7 +114,7 @@ def tgate(gate: float = 0.4, interval: int = 5) -> Method:
 def cache_of_diffusers(name: str, config: Callable[[Any, int], Any], settings: dict[str, Any], **about: Any) -> Method:
     """One of the caches in diffusers. ``config`` is that of a denoiser and so many steps: each has a cache anew.
 
-    They want a context, which not every pipeline sets. A step is one denoiser call.
+    They want a context, which not every pipeline sets: that of Flux is called as here. A step is one denoiser call.
     """
 
     def apply(pipe: Any) -> Undo:
@@ -134,7 +134,7 @@ def cache_of_diffusers(name: str, config: Callable[[Any, int], Any], settings: d
                 left = len(pipe.scheduler.timesteps)
                 remove()
                 getattr(diffusers.hooks, f"apply_{name}")(net, config(net, left))
-                hooks._set_cache_context(net, hooks.CacheContext("images"))
+                hooks._set_cache_context(net, hooks.CacheContext("cond"))
             left -= 1
 
         handle = net.register_forward_pre_hook(begin)

@@ -143,6 +143,22 @@ def test_operations_of_transformers(model, tmp_path):
     assert share["total"] == 3 * plain["dearest"] and plain["total"] == 7 * plain["dearest"]
 
 
+def test_a_cache_of_diffusers_has_as_many_full_calls_on_each_architecture():
+    """Flux's pipeline sets a context of its own in every call, and in another a cache would begin once more."""
+    from methods import METHODS  # noqa: PLC0415
+
+    full = {}
+    for model in ("tiny-sd3", "tiny-flux"):
+        (pipe, inputs), ran, method = tiny_pipeline(model), [], METHODS["TaylorSeer N=3"]
+        undo = method.apply(pipe)
+        query = pipe.transformer.transformer_blocks[0].attn.to_q
+        query.register_forward_hook(lambda *_, ran=ran: ran.append(True))
+        method.images(pipe, num_inference_steps=6, **inputs)
+        undo()
+        full[model] = len(ran)
+    assert full == {"tiny-sd3": 4, "tiny-flux": 4}
+
+
 def test_operations_of_a_transformer_are_those_of_its_layers(tmp_path):
     """One block of Stable Diffusion 3 medium: 12 d^2 L + 2 d L^2 multiply-adds, of two operations each."""
     from architectures import ARCHITECTURES, random_pipeline  # noqa: PLC0415
