@@ -1,7 +1,5 @@
 """The pipelines that are measured: real architectures with random weights, or any text to image of diffusers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import diffusers

@@ -1,7 +1,5 @@
 """On what a figure was measured."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

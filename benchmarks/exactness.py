@@ -8,10 +8,6 @@ pipelines do not set, what it gives with one set by hand is measured, too. With 
     python benchmarks/exactness.py
 """
 
-# ruff: noqa: RUF009 (an option is a field)
-
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator

@@ -14,10 +14,6 @@ On a CPU a call takes seconds, and a trajectory minutes: fewer steps say the tru
 round is not timed but profiled: kernels, copies between host and device, waits for it, and its time, of a call.
 """
 
-# ruff: noqa: RUF009 (an option is a field)
-
-from __future__ import annotations
-
 import functools
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """Put the table of docs/measured.md in, rendered from the results: `python benchmarks/measured.py`. A test checks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is compared: every method applies itself to a pipeline, and says how to undo it."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from dataclasses import replace

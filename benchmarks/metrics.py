@@ -1,7 +1,5 @@
 """Quality of a folder of images, by well-kept libraries; what cannot be had offline is said and left out."""
 
-from __future__ import annotations
-
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -48,14 +46,6 @@ class EffNetLite0(FeatureExtractorBase):
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return "1280"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         images = (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)

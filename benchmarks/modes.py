@@ -1,7 +1,5 @@
 """How a denoiser runs, whatever the method: compiled, with CUDA graphs, or as it is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

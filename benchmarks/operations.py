@@ -8,10 +8,6 @@ are kept for later ones, and without the weights and the workspace of kernels.
     python benchmarks/operations.py --model sd3-medium --size 1024 --steps 28
 """
 
-# ruff: noqa: RUF009 (an option is a field)
-
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path

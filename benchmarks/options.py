@@ -1,7 +1,5 @@
 """Options of a command as a dataclass, each declared once, and errors that say in one line what to put right."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 A part whose results are not there is left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a method is, and those that are not ours: a further peer is one function more, and one line in `methods.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

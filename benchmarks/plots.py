@@ -1,7 +1,5 @@
 """Plots of the results as SVG text: speed, quality against it, its distribution, and speed against the tokens."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Where the time of a trajectory goes, by torch's own profiler."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections import Counter

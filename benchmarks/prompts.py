@@ -1,7 +1,5 @@
 """What to draw: the demo model's captions, ImageNet's class names, or the lines of a file."""
 
-from __future__ import annotations
-
 import random
 import sys
 from pathlib import Path

@@ -10,10 +10,6 @@ Resumable: an image that is there is not made again, and one is only there when 
         --images 2000 --steps 50 --guidance 7.5 --real path/to/imagenet/pngs --extractor inception-v3-compat
 """
 
-# ruff: noqa: RUF009 (an option is a field)
-
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -5,10 +5,6 @@ python benchmarks/report.py --html runs/report             # report.html and all
 python benchmarks/report.py --html runs/report --images runs/quality    # with before-and-after sliders
 """
 
-# ruff: noqa: RUF009 (an option is a field)
-
-from __future__ import annotations
-
 import base64
 import html
 import itertools

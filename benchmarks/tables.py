@@ -1,7 +1,5 @@
 """Results as tables: for the terminal, and as Markdown for the README and the results page."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -5,8 +5,6 @@ python benchmarks/vision.py linear                       # time and memory of on
 python benchmarks/vision.py imagenet --model agent_pvt_tiny --checkpoint agent_pvt_t.pth --data imagenet/val
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource
