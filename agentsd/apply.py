@@ -66,7 +66,7 @@ def apply_patch(
     """
     net = denoiser_of(model)
     given = settings if ratio is None else {"ratio": ratio, **settings}
-    chosen = settings_for(net, preset, given)
+    chosen = settings_for(net, preset, **given)
     _name_idle(net, chosen, given)
     pipeline = model if hasattr(model, "scheduler") else None
     patch = Patch(net, host_of(net), chosen, pipeline)  # may raise: before anything changes
@@ -81,7 +81,7 @@ def apply_patch(
     return model
 
 
-def settings_for(net: nn.Module, preset: str | Path | None, given: Mapping[str, Any]) -> Settings:
+def settings_for(net: nn.Module, /, preset: str | Path | None = None, **given: Any) -> Settings:
     """The settings that `apply_patch` patches a denoiser with: checked, and without what decides nothing there.
 
     Raises:

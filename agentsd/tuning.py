@@ -137,8 +137,7 @@ def distinct(pipe: Any) -> dict[str, dict[str, Any]]:
     """The candidates, each but once: some are the same on this denoiser."""
     net, found = denoiser_of(pipe), dict[Settings, str]()
     for name, settings in CANDIDATES.items():
-        given = {key: value for key, value in settings.items() if key != "preset"}
-        found.setdefault(settings_for(net, settings.get("preset"), given), name)
+        found.setdefault(settings_for(net, **settings), name)
     return {name: CANDIDATES[name] for name in found.values()}
 
 

@@ -4,10 +4,9 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from agentsd.cli.pipelines import precision
+from agentsd.cli.pipelines import from_pretrained
 
 # each the configuration of a denoiser, as diffusers has it in a model's folder
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -93,10 +92,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str, scheduler: str | 
     if model in ARCHITECTURES:
         pipe = random_pipeline(ARCHITECTURES[model], dtype, device)
     else:
-        # Stable Diffusion 3 without its third text encoder is loaded only if that is said anew
-        said = DiffusionPipeline.load_config(model).items()
-        absent = {part: None for part, kind in said if kind == [None, None]}
-        pipe = DiffusionPipeline.from_pretrained(model, **absent, **precision(dtype)).to(device)
+        pipe = from_pretrained(model, dtype).to(device)
     if scheduler is not None:
         pipe.scheduler = getattr(diffusers, SCHEDULERS[scheduler]).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

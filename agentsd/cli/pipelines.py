@@ -34,6 +34,14 @@ def precision(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
 
 
+def from_pretrained(name: str | Path, dtype: torch.dtype) -> Any:
+    """The pipeline of an id or a folder, also of one that was saved without some of its parts."""
+    said: dict[str, Any] = DiffusionPipeline.load_config(name)
+    # Stable Diffusion 3 without its third text encoder is loaded only if that is said anew
+    absent = {part: None for part, kind in said.items() if kind == [None, None]}
+    return DiffusionPipeline.from_pretrained(name, **absent, **precision(dtype))
+
+
 def demo_model() -> Path:
     """The folder of the demo model, in the repository that this package belongs to, or else in the present folder."""
     for root in (REPOSITORY, Path.cwd()):
@@ -56,10 +64,7 @@ def load(args: argparse.Namespace, device: str | torch.device | None = None) -> 
     try:
         kind = torch.device(device).type
         dtype = getattr(torch, args.dtype or ("float32" if kind == "cpu" else "float16"))
-        said: dict[str, Any] = DiffusionPipeline.load_config(name)
-        # Stable Diffusion 3 without its third text encoder is loaded only if that is said anew
-        absent = {part: None for part, kind in said.items() if kind == [None, None]}
-        pipe = DiffusionPipeline.from_pretrained(name, **absent, **precision(dtype))
+        pipe = from_pretrained(name, dtype)
         if not args.offload:
             return pipe.to(device)
         pipe.enable_model_cpu_offload(device=device)

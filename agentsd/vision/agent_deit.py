@@ -58,7 +58,7 @@ class AgentDeiT(VisionTransformer):
         super().__init__(img_size=img_size, **{k: v for k, v in options.items() if k not in FIXED})
         agents = [49] * len(self.blocks) if agents is None else agents
         if len(agents) > len(self.blocks):
-            raise ValueError(f"agents={agents!r}: {len(agents)} numbers, for {len(self.blocks)} blocks; give as many")
+            raise ValueError(f"agents={agents!r}: {len(agents)} numbers, for {len(self.blocks)} blocks; give no more")
         for block, number in zip(self.blocks, agents, strict=False):
             softmax = block.attn
             block.attn = BlockAttention(

@@ -28,7 +28,7 @@ HOW = {
 }
 
 
-SIZES = {"one level": ONE_LEVEL, "two levels": {}}
+SIZES = {"one level": {**ONE_LEVEL, "mid_block_type": "UNetMidBlock2DCrossAttn"}, "two levels": {}}
 ORDERS = ("before", "after")
 NOTICES = sweep(product(["one level"], ["torch.compile", "compile_repeated_blocks"]), product(["two levels"], HOW))
 CASES = sweep(

@@ -4,11 +4,11 @@ import contextlib
 import io
 import warnings
 
-import conftest
 import pytest
 import torch
 import torch._dynamo
-from conftest import unet_inputs
+from conftest import ONE_LEVEL, unet_inputs
+from conftest import make_unet as make_any_unet
 from situations import SETTINGS, sweep
 
 import agentsd
@@ -17,7 +17,7 @@ TIMESTEPS = (901, 781, 101)
 
 
 def make_unet():
-    return conftest.make_unet(**conftest.ONE_LEVEL)
+    return make_any_unet(**ONE_LEVEL)
 
 
 @pytest.fixture(autouse=True)
