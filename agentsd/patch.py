@@ -114,7 +114,9 @@ class Patch:
         if inputs is None:
             return
         self.latent_size = inputs.size
-        self._now.call = self._recorded.plan(inputs.sample, self._call(net, inputs), True)
+        call = self._now.call = self._recorded.plan(inputs.sample, self._call(net, inputs), True)
+        if call is not None:
+            call.recomputed = torch._C._current_graph_task_id() != -1
         if self.capture is not None:
             self.capture.look_at(net)
 
@@ -125,7 +127,6 @@ class Patch:
         call = self.reuse.before_call(moment, inputs) if self.reuse is not None else Call()
         if call.begins:
             self.calls = {"full": 0, "cached": 0}
-        call.recomputed = torch._C._current_graph_task_id() != -1
         self.calls["cached" if call.cached else "full"] += 1
         if self.blocks:
             grids = self.grids(net, inputs.size)

@@ -60,7 +60,8 @@ class Reuse:
 
     def before_call(self, moment: Moment, inputs: Inputs) -> Call:
         """Decide on the call at ``moment``. Calls of a trajectory that cannot be told from another's are full."""
-        if torch.is_grad_enabled() or moment.mixed:
+        # reentrant checkpointing makes the first run without gradients, but its input asks for one
+        if torch.is_grad_enabled() or inputs.sample.requires_grad or moment.mixed:
             if moment.mixed:
                 self._warn("the samples of a call are at several timesteps")
             return Call()

@@ -34,7 +34,7 @@ class Weakly(Generic[T]):
 
 
 class Wrap:
-    """Has ``around(forward, ...)`` called for ``module.forward(...)``, until `unwrap`.
+    """Has ``around(forward, ...)`` called for ``module.forward(...)``, until `undo`.
 
     It holds the module weakly: a cycle would keep a denoiser in memory after its pipeline is deleted.
     """

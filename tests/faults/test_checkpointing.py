@@ -1,6 +1,7 @@
 """Gradient checkpointing gives the gradients that are had without, or it is refused."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,50 @@ def test_gradients_in_any_order_of_passes(name, order, reentrant):
         assert found.keys() == expected.keys()
     for parameter, gradient in found.items():
         assert torch.allclose(gradient, expected[parameter], rtol=1e-4, atol=1e-6), parameter
+
+
+class Whole:
+    """A denoiser that is checkpointed as a whole, by a training loop of one's own."""
+
+    def __init__(self, unet, reentrant):
+        self.unet, self.reentrant = unet, reentrant
+
+    def __call__(self, sample, **others):
+        if torch.is_grad_enabled():
+            sample = sample if sample.requires_grad else sample.clone().requires_grad_()
+        output = checkpoint(lambda x: self.unet(x, **others).sample, sample, use_reentrant=self.reentrant)
+        return SimpleNamespace(sample=output)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "reuse"]))
+def test_a_denoiser_that_is_checkpointed_as_a_whole(name, order, reentrant):
+    """Never refused: the first runs of its blocks are those of a first run of it."""
+    expected = gradients(SETTINGS[name], order)
+    unet = agentsd.apply_patch(make_unet(), seed=0, **SETTINGS[name]).train()
+    with torch.enable_grad():
+        order(Whole(unet, reentrant))
+    for parameter, layer in unet.named_parameters():
+        assert torch.allclose(layer.grad, expected[parameter], rtol=1e-4, atol=1e-6), parameter
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("outer", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents"]))
+def test_checkpointing_within_checkpointing_is_right_or_refused(name, outer, inner):
+    expected = gradients(SETTINGS[name], one_after_the_other)
+    unet = agentsd.apply_patch(make_unet(), seed=0, **SETTINGS[name]).train()
+    unet.enable_gradient_checkpointing(lambda f, *args: checkpoint(f, *args, use_reentrant=inner))
+    try:
+        with torch.enable_grad():
+            one_after_the_other(Whole(unet, outer))
+    except RuntimeError as error:
+        assert "agentsd.remove_patch before training" in str(error), error
+        return
+    for parameter, layer in unet.named_parameters():
+        assert torch.allclose(layer.grad, expected[parameter], rtol=1e-4, atol=1e-6), parameter
 
 
 def tensors() -> int:
