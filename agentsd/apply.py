@@ -69,9 +69,8 @@ def apply_patch(
     chosen = settings_for(net, preset, **given)
     _name_idle(net, chosen, given)
     pipeline = model if hasattr(model, "scheduler") else None
-    patch = Patch(net, host_of(net), chosen, pipeline)  # may raise: before anything changes
-    for other, alone in _controlnets(model, chosen).items():
-        patch.nets.append((Weakly(other), Patch(other, host_of(other), alone, pipeline)))
+    patch = Patch(net, chosen, pipeline)  # may raise: before anything changes
+    patch.nets = [(Weakly(other), Patch(other, chosen.all_full, pipeline)) for other in _controlnets(model, chosen)]
     remove_patch(model)
     if patch_of(model) is not None:
         raise RuntimeError(
@@ -114,31 +113,26 @@ def _name_idle(net: nn.Module, chosen: Settings, given: Mapping[str, Any]) -> No
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=3)
         return
     reasons = idle(chosen, given)
-    if given.get("cache_tolerance") and not chosen.cache_tolerance:
+    by_errors = {"cache_tolerance", "cache_budget"} & given.keys()
+    if undone := sorted(name for name in by_errors if given[name] != getattr(chosen, name)):
         why = f"the full calls of a {type(net).__name__} are evenly spread, which is nearer than to go by errors"
-        reasons[why] = ["cache_tolerance"]
+        reasons[why] = undone
     for why, names in reasons.items():
         listed = ", ".join(f"{name}={given[name]!r}" for name in names)
         warnings.warn(f"agentsd: nothing comes of {listed}: {why}.", stacklevel=3)
 
 
-def _controlnets(model: Any, settings: Settings) -> dict[nn.Module, Settings]:
-    """The ControlNets to be patched, each with its settings: all of their calls are full.
-
-    Their residuals reach the layers that always run.
-    """
-    if not settings.patch_controlnet:
-        return {}
-    nets = controlnets_of(model)
-    if not nets:
+def _controlnets(model: Any, settings: Settings) -> list[nn.Module]:
+    """The ControlNets to be patched. All of their calls are full: their residuals reach the layers that always run."""
+    nets = [*controlnets_of(model).values()] if settings.patch_controlnet else []
+    if settings.patch_controlnet and not nets:
         raise ValueError(f"patch_controlnet=True is not allowed: {type(model).__name__} has no ControlNet.")
-    alone = settings.all_full
-    if not alone.acts:
+    if nets and not settings.all_full.acts:
         warnings.warn(
             "patch_controlnet=True changes nothing where full calls are left alone: give a ratio.", stacklevel=3
         )
-        return {}
-    return dict.fromkeys(nets.values(), alone)
+        return []
+    return nets
 
 
 def remove_patch(model: Model) -> Model:

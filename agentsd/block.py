@@ -42,8 +42,10 @@ class PatchedBlock:
         self._now = now
         self._said = said
         self._recorded: RecordedPlans[BlockPlan] = RecordedPlans()
-        self._processor = AgentAttnProcessor(now, settings.k_scale2, settings.k_shortcut)
+        constants = (settings.k_scale2, settings.k_shortcut)
+        self._processors = {name: self.processor(now, *constants) for name in site.layers}
 
+    processor = AgentAttnProcessor
     possible = staticmethod(possible)
 
     def attach(self, block: Any) -> list[RemovableHandle]:
@@ -68,7 +70,8 @@ class PatchedBlock:
 
     def reset(self, attn: Any) -> None:
         """Leave nothing in the block's self-attention of calls that an error has cut off."""
-        self._processor.give_back(attn, calls=2**31)
+        for processor in self._processors.values():
+            processor.give_back(attn, calls=2**31)
 
     def attend(self, attn: Any, x: Tensor, plan: BlockPlan | None) -> Tensor:
         """The block's self-attention of (B, N, C) tokens as in a call with this plan, or with none."""
@@ -80,35 +83,26 @@ class PatchedBlock:
         return output
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("hidden_states")
-        call = self._now.call
-        plan = call.blocks.get(self.index) if call is not None else None
+        self._leave()
+        x, call, plan = args[0] if args else kwargs.get("hidden_states"), self._now.call, None
         if x is not None:
-            plan = self._recorded.plan(x, plan, call is not None and call.recomputed)
-        if plan is None or x is None:
-            if call is not None:
-                call.running = None
+            coming = call.blocks.get(self.index) if call is not None else None
+            plan = self._recorded.plan(x, coming, call is not None and call.recomputed)
+        if x is None or plan is None:
             return
-        if not self._fits(x, plan):
+        few, beyond = x.shape[1] < plan.counts.tokens, x.shape[1] > plan.counts.tokens
+        if few or (beyond and not self.site.joint):  # Kontext's reference tokens come after the image's
             self._leave_alone("tokens", f"it has {x.shape[1]} tokens, and latents of this size {plan.counts.tokens}")
-            plan = None
+            return
         if call is None:  # in a backward pass
             call = self._now.call = Call()
         # a backward pass runs several calls' blocks again as one; what a graph kept, its next call could overwrite
         kept = call.matched if call.lane is not None and not torch.compiler.is_compiling() else {}
-        call.running = Running(plan, x, kept.setdefault(self.index, Matched())) if plan is not None else None
-
-    def _fits(self, x: Tensor, plan: BlockPlan) -> bool:
-        return x.shape[1] == plan.counts.tokens
+        call.running = Running(plan, x, kept.setdefault(self.index, Matched()))
 
     def _leave(self, *_: Any) -> None:
-        call = self._now.call
-        if call is not None:
-            call.running = None
-
-    def _running(self) -> Running | None:
-        call = self._now.call
-        return call.running if call is not None else None
+        if self._now.call is not None:
+            self._now.call.running = None
 
     def _edges(self, running: Running) -> Edges:
         matched, plan = running.matched, running.plan
@@ -130,7 +124,7 @@ class PatchedBlock:
         return matched.agents
 
     def _before_self_attention(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        running, merges = self._running(), self.settings.merge_attn
+        running, merges = self._now.running, self.settings.merge_attn
         if running is None or not (merges or running.plan.counts.keys) or self._has_mask(kwargs):
             return None
         if len(args) > 1 or kwargs.get("encoder_hidden_states") is not None:
@@ -145,12 +139,11 @@ class PatchedBlock:
         if counts.keys:
             return args, {**kwargs, "encoder_hidden_states": args[0].index_select(1, running.plan.partition.dst)}
         if counts.agents:
-            running.agents = merge(args[0], self._agents(running))
-            self._processor.take_over(attn)
+            self._processors["attn1"].take_over(attn, merge(args[0], self._agents(running)))
         return self._merged(running, args, kwargs)
 
     def _before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        running = self._running()
+        running = self._now.running
         if running is None or running.plan.counts.keys or self._has_mask(kwargs):
             return None
         if name := keeper(layer):
@@ -168,7 +161,7 @@ class PatchedBlock:
         return (merge(args[0], self._merging(running)), *args[1:]), kwargs
 
     def _unmerge(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        running = self._running()
+        running = self._now.running
         if running is None or not running.merged:
             return output
         running.merged = False
@@ -197,12 +190,8 @@ class PatchedBlock:
 class JointBlock(PatchedBlock):
     """The hooks of a block with joint attention, in which an image's tokens may be followed by those of others."""
 
+    processor = JointAttnProcessor
     possible = staticmethod(possible_joint)
-
-    def __init__(self, index: int, site: Site, settings: Settings, now: Now, said: set[str]) -> None:
-        super().__init__(index, site, settings, now, said)
-        constants = (settings.k_scale2, settings.k_shortcut)
-        self._processors = {name: JointAttnProcessor(now, *constants) for name in site.layers}
 
     def attach(self, block: Any) -> list[RemovableHandle]:
         handles = [
@@ -214,18 +203,10 @@ class JointBlock(PatchedBlock):
             handles.append(block.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
         return handles
 
-    def reset(self, attn: Any) -> None:
-        for processor in self._processors.values():
-            processor.give_back(attn, calls=2**31)
-
-    def _fits(self, x: Tensor, plan: BlockPlan) -> bool:
-        """Kontext's reference tokens come after the image's."""
-        return x.shape[1] >= plan.counts.tokens
-
     def _before_joint_attention(
-        self, processor: JointAttnProcessor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, processor: AgentAttnProcessor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        running = self._running()
+        running = self._now.running
         if running is None or self._has_mask({**kwargs, "encoder_hidden_states": None}):
             return None
         x, counts = args[0] if args else kwargs["hidden_states"], running.plan.counts
@@ -240,6 +221,5 @@ class JointBlock(PatchedBlock):
         if not counts.keys:
             matching = self._merging(running)
             agents = self._agents(running) if counts.agents else None
-        running.joint = Part(before, running.plan.partition, matching, agents)
-        processor.take_over(attn)
+        processor.take_over(attn, Part(before, running.plan.partition, matching, agents))
         return None

@@ -54,11 +54,10 @@ class Controller:
     Args:
         calls: of the whole schedule; None where nobody says.
         begin: the place in it of the first call that is made.
-        order: of the extrapolation, 0 or 1.
     """
 
-    def __init__(self, settings: Tolerance, calls: int | None, begin: int, order: int = 1) -> None:
-        self._order = order
+    def __init__(self, settings: Tolerance, calls: int | None, begin: int) -> None:
+        self._order = settings.cache_order
         self._tolerance, self._calls, self._begin = settings.cache_tolerance, calls, begin
         self._first = max(SHORTEST, (interval_of(settings.cache_interval, calls) + 1) // 2)
         self._left = most_full(calls - begin, settings) if calls is not None else None

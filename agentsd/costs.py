@@ -20,22 +20,19 @@ RUNS = 7  # of which the median is taken, after two that warm up
 
 
 def attention_seconds(
-    block: PatchedBlock, attn: Any, grid: Grid, phases: list[Phase], counts: Mapping[str, Counts], batch: int = 2
+    block: PatchedBlock, attn: Any, grid: Grid, phases: list[Phase], counts: Mapping[str, Counts]
 ) -> dict[str, float]:
-    """Seconds of one call of the layer on random tokens, by the name of the phase, and ``"unpatched"``.
+    """Seconds of a call of the layer on random tokens of two samples, by the name of the phase, and ``"unpatched"``.
 
     Matching, merging and unmerging are part of it. Empty where its weights are not computed with as they are:
     quantised, cast layer by layer, or elsewhere until they are needed.
-
-    Args:
-        batch: how many samples; guidance makes two of an image.
     """
     weight = getattr(attn.to_q, "weight", None)
     offloaded = any(hasattr(layer, "_hf_hook") or hasattr(layer, "_diffusers_hook") for layer in (attn, attn.to_q))
     if not isinstance(weight, torch.Tensor) or weight.dtype not in COMPUTED or weight.is_meta or offloaded:
         return {}
     tokens, device = grid[0] * grid[1], weight.device
-    x = torch.randn(batch, tokens, attn.to_q.in_features, device=device, dtype=weight.dtype)
+    x = torch.randn(2, tokens, attn.to_q.in_features, device=device, dtype=weight.dtype)
     plans: dict[str, BlockPlan | None] = {"unpatched": None}
     for phase in phases:
         if counts.get(phase.name, Counts(tokens)).changed:

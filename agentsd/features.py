@@ -53,7 +53,7 @@ def along(line: Tensor, x: Tensor) -> Tensor:
     return line[:, 1:] + line[:, :1] * x
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """The deep features of one of the calls that a step makes: guidance may take two, of different prompts.
 
@@ -67,7 +67,7 @@ class Lane:
         follows: whether features are (2, B, N, C), the input of the middle and what the middle adds to it. Then they
             are estimated by how that followed its input between the last two full calls, and not in time.
         slope: of that.
-        measures: whether full calls compare the features with their estimate.
+        measures: whether full calls compare the features with their estimate in time.
         error: of the estimate at the last full call, where it was compared.
     """
 
@@ -92,10 +92,9 @@ class Lane:
         No line is drawn from the first call's: features move too fast there for a line to tell where they are heading
         (benchmarks/NOTES.md).
         """
-        known = (
-            self.measures and self.latest is not None and not (features.is_meta or isinstance(features, FakeTensor))
-        )
-        self.error = Arriving(self._worst_error(features)) if known else None
+        has_values = not (features.is_meta or isinstance(features, FakeTensor))
+        known = self.measures and self.latest is not None and has_values
+        self.error = Arriving(worst_error(self.estimate(), features)) if known else None
         if self.follows:
             self.slope = torch.zeros_like(features[0, :, :1]) if self.latest is None else secant(self.latest, features)
         self.previous = self.latest if self.order and self.calls > 1 else None
@@ -117,12 +116,6 @@ class Lane:
         if self.previous is None:
             return self.latest.clone()
         return torch.lerp(self.previous, self.latest, 1 + min(self.age / self.gap, 1))
-
-    def _worst_error(self, features: Tensor) -> Tensor:
-        if self.follows:
-            x, added = features
-            return worst_error(along(self.estimate(), x), added)
-        return worst_error(self.estimate(), features)
 
     @property
     def nbytes(self) -> int:

@@ -88,12 +88,7 @@ class Part:
 
 
 class JointAttnProcessor(AgentAttnProcessor):
-    """Joint attention for single calls of a layer, of the `Part` that its block has put down for it."""
-
-    @property
-    def part(self) -> Part | None:
-        running = self._now.call.running if self._now.call is not None else None
-        return running.joint if running is not None else None
+    """Joint attention for single calls of a layer, of the `Part` that its block hands over."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -107,12 +102,10 @@ class JointAttnProcessor(AgentAttnProcessor):
 
         ``image_rotary_emb`` has the text's positions before the tokens'.
         """
-        part, x, text = self.part, hidden_states, encoder_hidden_states
+        part, x, text = self._take_up(attn), hidden_states, encoder_hidden_states
         if part is None:
             rotary = () if image_rotary_emb is None else (image_rotary_emb,)
             return self.own(attn, x, text, attention_mask, *rotary)
-        self._taken_up()
-        self.give_back(attn)
         keys, at, stands_for = part.fewer(x)
         image = slice(part.before, part.before + stands_for.shape[1])  # where it is among these
         rows, asking = (x, torch.arange(x.shape[1], device=x.device)) if part.matching is None else (keys, at)

@@ -11,7 +11,7 @@ from torch import nn
 from agentsd.block import JointBlock, PatchedBlock
 from agentsd.capture import Capture
 from agentsd.checkpointing import RecordedPlans
-from agentsd.hosts import Host, Inputs, Middle, Site
+from agentsd.hosts import Inputs, Middle, Site, host_of
 from agentsd.models import denoiser_of
 from agentsd.planner import Call, Draws, Grid, Now, plan
 from agentsd.reuse import Reuse
@@ -35,8 +35,8 @@ class Patch:
         calls: how many of the present trajectory were full and cached; of all, where none is cached.
     """
 
-    def __init__(self, net: nn.Module, host: Host, settings: Settings, pipeline: Any = None) -> None:
-        self.host = host
+    def __init__(self, net: nn.Module, settings: Settings, pipeline: Any = None) -> None:
+        self.host = host = host_of(net)
         self.settings = settings
         self.sites = host.sites(net)
         self.latent_size = host.sample_size(net)
@@ -150,7 +150,7 @@ class Patch:
         if self.reuse is not None:
             self.reuse.after_call(call)
         running = call.running  # of a block that an error has cut off
-        if running is not None and (running.agents is not None or running.joint is not None):
+        if running is not None and running.handed is not None:
             for attn, block in self._patched:
                 block.reset(attn)
 

@@ -28,13 +28,11 @@ class Plan:
 
     Attributes:
         phase: how tokens are merged or sampled.
-        cached: whether the call reuses deep features.
         steps: of the trajectory, that the schedule has in one phase with this call's.
         counts: by the index of a patched block, what becomes of its tokens; without the blocks that are left alone.
     """
 
     phase: Phase
-    cached: bool
     steps: range
     counts: dict[int, Counts]
 
@@ -53,7 +51,7 @@ def plan(settings: Settings, moment: Moment, grids: Sequence[Grid], cached: bool
     agents = round(settings.agent_steps * moment.steps)
     steps = range(agents) if moment.step < agents else range(agents, max(moment.steps, moment.step + 1))
     counts = {i: _counts(phase, grid) for i, grid in enumerate(grids) if outermost[i] or not cached}
-    return Plan(phase, cached, steps, {i: found for i, found in counts.items() if found.changed})
+    return Plan(phase, steps, {i: found for i, found in counts.items() if found.changed})
 
 
 @lru_cache(maxsize=256)
@@ -148,16 +146,14 @@ class Running:
         x: (B, N, C), the input of the block, by which its tokens are matched.
         matched: so far.
         merged: whether the layer that runs has merged tokens, which are to be unmerged.
-        agents: (B, A, C), for the self-attention that `agentsd.processor.AgentAttnProcessor` has taken over.
-        joint: `agentsd.joint.Part`, for the joint attention that `agentsd.joint.JointAttnProcessor` has taken over.
+        handed: to the processor that has taken over its attention: agents, (B, A, C), or `agentsd.joint.Part`.
     """
 
     plan: BlockPlan
     x: Tensor
     matched: Matched = field(default_factory=Matched)
     merged: bool = False
-    agents: Tensor | None = None
-    joint: Any = None
+    handed: Any = None
 
 
 @dataclass
@@ -204,6 +200,11 @@ class Now(threading.local):
     def __init__(self) -> None:
         self.call: Call | None = None
         self.tracks: list[Any] = []
+
+    @property
+    def running(self) -> Running | None:
+        """The block that runs."""
+        return self.call.running if self.call is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Now, ()

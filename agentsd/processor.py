@@ -80,7 +80,7 @@ class AgentAttnProcessor:
     meantime gets the layer's own.
 
     Args:
-        now: whose running block has the agents.
+        now: whose running block hands over the agents.
         k_scale2, k_shortcut: the constants of `agent_attention`.
     """
 
@@ -98,19 +98,11 @@ class AgentAttnProcessor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         AgentAttnProcessor.__init__(self, **state)
 
-    @property
-    def agents(self) -> Tensor | None:
-        """(B, A, C), before projection, of the present thread's call; None where it has taken nothing over."""
-        running = self._now.call.running if self._now.call is not None else None
-        return running.agents if running is not None else None
-
-    def _taken_up(self) -> None:
-        call = self._now.call
-        if call is not None and call.running is not None:
-            call.running.agents = call.running.joint = None
-
-    def take_over(self, attn: Any) -> None:
-        """Compute the next call of ``attn`` in this thread."""
+    def take_over(self, attn: Any, handed: Any) -> None:
+        """Compute the next call of ``attn`` in this thread, with what its running block hands over."""
+        running = self._now.running
+        if running is not None:
+            running.handed = handed
         with nullcontext() if torch.compiler.is_compiling() else self._lock:
             if attn.processor is not self:
                 self.own, attn.processor = attn.processor, self
@@ -123,6 +115,15 @@ class AgentAttnProcessor:
             if not self._calls and getattr(attn, "processor", None) is self:
                 attn.processor = self.own
 
+    def _take_up(self, attn: Any) -> Any:
+        """What was handed over for this call; None for one that was not taken over, as of another thread."""
+        running = self._now.running
+        if running is None or running.handed is None:
+            return None
+        handed, running.handed = running.handed, None
+        self.give_back(attn)
+        return handed
+
     def __call__(
         self,
         attn: Any,
@@ -131,12 +132,10 @@ class AgentAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """(B, M, C) merged tokens -> (B, M, C)."""
-        tokens = self.agents
+        """(B, M, C) merged tokens -> (B, M, C). What is handed over are agents (B, A, C), before projection."""
+        tokens = self._take_up(attn)
         if tokens is None:
             return cast(Tensor, self.own(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
-        self._taken_up()
-        self.give_back(attn)
         query, agents = _heads(attn, attn.to_q(hidden_states)), _heads(attn, attn.to_q(tokens))
         key, value = _heads(attn, attn.to_k(hidden_states)), _heads(attn, attn.to_v(hidden_states))
         if attn.norm_q is not None:

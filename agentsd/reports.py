@@ -69,7 +69,7 @@ class Report:
 
     def __str__(self) -> str:
         head, rows, rest = self._parts()
-        return "\n".join([*head, *_aligned(rows), *rest])
+        return "\n".join([*head, *aligned(rows), *rest])
 
     def _repr_html_(self) -> str:
         """For notebooks."""
@@ -162,7 +162,7 @@ def _cell(counts: Counts, settings: Settings | None) -> str:
     return f"{counts.remaining} tokens{agents} {cost}"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -77,7 +77,7 @@ class Reuse:
         track.step_to(moment.call)
         lane = track.lane(Condition.of(inputs), self._order, self.settings.cache_tolerance > 0, self._follows)
         lane.begin()
-        planned = not self.settings.reuses or track.is_full(moment.call if moment.calls is not None else lane.calls)
+        planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
         lane.due = lane.due or not cached
         self._count(full=not cached)
@@ -105,7 +105,7 @@ class Reuse:
         begin = moment.call if moment.calls is not None else 0
         pace: Table | Controller
         if self.settings.cache_tolerance:
-            pace = Controller(self.settings, moment.calls, begin, self._order or int(self._follows))
+            pace = Controller(self.settings, moment.calls, begin)
         else:
             pace = Table(self.settings, moment.calls, begin, not self.middle.lines)
         new = Track(moment.schedule, pace, moment.calls, moment.call, Weakly(loop), read_by=self._reader())

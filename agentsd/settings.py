@@ -16,7 +16,7 @@ from agentsd.schedule import Moment, Phase
 
 MIN_TOKENS = 1024  # where the paper's schedule is as fast as fused attention, as measured (benchmarks/NOTES.md)
 # the settings that say how tokens are merged, and are idle where keys and values are sampled instead
-MERGING = {
+MERGING = (
     "ratio",
     "agent_ratio",
     "k_scale2",
@@ -25,7 +25,7 @@ MERGING = {
     "merge_crossattn",
     "merge_mlp",
     "match_interval",
-}
+)
 
 # named settings, chosen by measuring speed against fidelity (benchmarks/NOTES.md)
 REUSED = {"agent_steps": 0.0, "cache_order": 1, "cache_cell": 2}
@@ -197,7 +197,10 @@ class Settings:
         if self.seed is not None:
             _require(0 <= self.seed < 2**64, "seed", self.seed, "0 <= seed < 2**64, or None to follow torch's seed")
         if self.sample_kv:
-            self._require_no_merging()
+            for name in MERGING:
+                value, default = getattr(self, name), getattr(Settings, name)
+                only = f"its default {default}, since sample_kv merges no token: leave out {name} or sample_kv"
+                _require(value == default, name, value, only)
             return
         for phase in self.phases:
             most = 1 - 1 / (phase.sx * phase.sy)
@@ -205,13 +208,6 @@ class Settings:
             strides = f"{prefix}sx={phase.sx}, {prefix}sy={phase.sy}"
             allowed = f"at most {most:g}, since {strides} keeps one token of every {phase.sx * phase.sy}"
             _require(self.ratio <= most, "ratio", self.ratio, f"{allowed}; lower the ratio or use larger strides")
-
-    def _require_no_merging(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in MERGING and value != field.default:
-                only = f"its default {field.default}, since sample_kv merges no token: leave out {field.name}"
-                _require(False, field.name, value, f"{only} or sample_kv")
 
     @property
     def reuses(self) -> bool:

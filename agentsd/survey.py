@@ -57,6 +57,7 @@ def _layers(net: Any, patch: Patch, measure: bool) -> list[LayerReport]:
     plans = {phase.name: planned_at(moments[phase.name], cached=False) for phase in settings.phases}
     if settings.cached is not None:
         plans["cached"] = planned_at(moments["merge"], cached=True)
+    known = [phase for phase in (*settings.phases, settings.cached) if phase is not None]
     blocks, modules = {block.site: block for block in patch.blocks}, dict(net.named_modules())
     layers = []
     for site in patch.sites:
@@ -69,7 +70,6 @@ def _layers(net: Any, patch: Patch, measure: bool) -> list[LayerReport]:
         planned = {name: plans[name].counts.get(block.index, unchanged) for name in names}
         attn = modules.get(f"{site.name}.{site.layers[0]}")
         phases, notes = _done(planned, unchanged, block, attn)
-        known = [phase for phase in (*settings.phases, settings.cached) if phase is not None]
         timed = measure and hasattr(attn, "processor") and not site.joint
         seconds = attention_seconds(block, attn, grid, known, phases) if timed else {}
         if measure and not seconds:

@@ -49,7 +49,7 @@ class Condition:
         return a.is_meta or isinstance(a, FakeTensor) or torch.equal(a, b)  # these have no values
 
 
-@dataclass
+@dataclass(eq=False)
 class Step(Lane):
     """A lane, and whose it is; and how its blocks' tokens were matched, in which part of the trajectory."""
 
@@ -133,8 +133,7 @@ class Track:
             free[0].used = True
             return free[0]
         # they are not told apart, and may be another image's: a warm-up, or one that was interrupted
-        unsure = {id(lane) for lane in free}
-        self.lanes = [lane for lane in self.lanes if id(lane) not in unsure]
+        self.lanes = [lane for lane in self.lanes if lane not in free]
         if len(self.lanes) == MOST_LANES:
             self.lanes, self.crowded = [], True
         self.lanes.append(Step(order, measures=measures, follows=follows, condition=condition))

@@ -36,14 +36,9 @@ class Trajectory:
         self._loops: MutableMapping[Tensor, Loop] = WeakIdKeyDictionary()  # by what tells one; each is of one thread
 
     @property
-    def pipeline(self) -> Any:
-        """The pipeline that was patched, while it lives."""
-        return self._pipeline()
-
-    @property
     def scheduler(self) -> Any:
         """The pipeline's scheduler, or the last one it had, where another pipeline has taken over its parts."""
-        self._scheduler = getattr(self.pipeline, "scheduler", self._scheduler)
+        self._scheduler = getattr(self._pipeline(), "scheduler", self._scheduler)
         return self._scheduler
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -51,7 +46,7 @@ class Trajectory:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trajectory:
         """Follows the copy of the pipeline where that is what is being copied."""
-        copied = Trajectory(memo.get(id(self.pipeline)))
+        copied = Trajectory(memo.get(id(self._pipeline())))
         copied._scheduler = copy.deepcopy(self.scheduler, memo)
         return copied
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agentsd.reports import aligned
+
 FAITHFUL = 35.0  # dB, beyond which faster comes before nearer
 SAME = 1.03  # ratios of seconds below this are noise
 
@@ -70,16 +72,12 @@ class Tuning:
         return found
 
     def __str__(self) -> str:
-        rows = [("settings", "seconds", "speed-up", f"worst of {self.images}, dB", "mean, dB")]
+        rows: list[tuple[str, ...]] = [("settings", "seconds", "speed-up", f"worst of {self.images}, dB", "mean, dB")]
         for trial in self.trials:
             decibels = (f"{trial.worst:.1f}", f"{trial.mean:.1f}") if math.isfinite(trial.worst) else ("same", "same")
             rows.append((trial.name, f"{trial.seconds:.2f}", f"{trial.speedup:.2f}x", *decibels))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
         untried = [f"no time was left for: {', '.join(self.untried)}"] if self.untried else []
-        return "\n".join([*table, *untried, *self.advice, f"agentsd: {self.verdict}."])
+        return "\n".join([*aligned(rows), *untried, *self.advice, f"agentsd: {self.verdict}."])
 
 
 def parse_target(text: str | None) -> tuple[str, float] | None:

@@ -65,7 +65,7 @@ def test_a_gap_becomes_what_the_tolerance_allows(order, distance, monkeypatch):
     """Where errors grow as the distance to the power of order + 1, as those of a polynomial do, at once."""
     monkeypatch.setattr("agentsd.control.TIGHT", 1.0)
     monkeypatch.setattr("agentsd.control.LOOSE", 1.0)
-    controller, places, error = Controller(settings(), 100, 0, order), [], None
+    controller, places, error = Controller(settings(cache_order=order), 100, 0), [], None
     for call in range(98):
         if controller.full(call, [Error(error)] if error is not None else []):
             gap = call - places[-1] if places else 1

@@ -97,8 +97,8 @@ def watched(net, kind):
 
     def before(attn, args, kwargs):
         patch = patch_of(net)
-        running = patch._now.call.running if patch is not None else None
-        calls.append([attn, kwargs, None, running.joint if running is not None else None])
+        running = patch._now.running if patch is not None else None
+        calls.append([attn, kwargs, None, running.handed if running is not None else None])
 
     def after(attn, args, output):
         calls[-1][2] = output

@@ -57,7 +57,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "costs": "schedule matching planner block",
     "reports": "schedule settings planner",
     "survey": "schedule control costs settings hosts planner processor block models patch reports",
-    "trials": "",
+    "trials": "reports",
     "tuning": "apply models settings trials",
     "agentsd": "settings apply reports survey trials tuning",
     "cli": "idle trials tuning agentsd",

@@ -34,7 +34,7 @@ def real_unet(config) -> UNet2DConditionModel:
 
 def agents_of(attn) -> int:
     """How many agents the coming call of an attention layer has."""
-    return attn.processor.agents.shape[1] if isinstance(attn.processor, AgentAttnProcessor) else 0
+    return attn.processor._now.running.handed.shape[1] if isinstance(attn.processor, AgentAttnProcessor) else 0
 
 
 def call(unet, height, width, batch=2):

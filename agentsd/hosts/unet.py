@@ -49,9 +49,10 @@ class UNet:
     def grids(self, net: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
         """The way up has the grids of the way down: diffusers upsamples to the size of the skip connection."""
         sizes = [(height, width)]
-        for sampler in _downsamplers(net):
-            height, width = (_downsampled(sampler, size) for size in sizes[-1])
-            sizes.append((height, width))
+        for block in getattr(net, "down_blocks", ()):
+            for sampler in _samplers(block, "downsamplers"):
+                height, width = (_downsampled(sampler, size) for size in sizes[-1])
+                sizes.append((height, width))
         return sizes
 
     def sample_size(self, net: nn.Module) -> tuple[int, int]:
@@ -120,11 +121,6 @@ def _samplers(block: nn.Module, kind: str) -> list[nn.Module]:
     """In a list, which ControlNet-XS has a single one without."""
     samplers = getattr(block, kind, None) or ()
     return [samplers] if isinstance(samplers, nn.Module) and not isinstance(samplers, nn.ModuleList) else [*samplers]
-
-
-def _downsamplers(net: nn.Module) -> Iterator[nn.Module]:
-    for block in getattr(net, "down_blocks", ()):
-        yield from _samplers(block, "downsamplers")
 
 
 def _downsampled(sampler: nn.Module, size: int) -> int:

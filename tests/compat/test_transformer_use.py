@@ -215,8 +215,10 @@ def test_errors_decide_nothing_and_adaptive_is_balanced(model):
         drawn[preset] = run(num_inference_steps=24)
     assert torch.equal(drawn["balanced"], drawn["adaptive"])
     assert "of 50 calls are full" in str(agentsd.report(pipe))
-    with pytest.warns(UserWarning, match="nothing comes of cache_tolerance=0.01"):
-        agentsd.apply_patch(pipe, preset="adaptive", cache_tolerance=0.01)
+    with pytest.warns(UserWarning, match="nothing comes of cache_budget=0.5, cache_tolerance=0.01"):
+        agentsd.apply_patch(pipe, preset="adaptive", cache_tolerance=0.01, cache_budget=0.5)
+    with pytest.warns(UserWarning, match="nothing comes of cache_budget=0.4"):
+        agentsd.apply_patch(pipe, preset="adaptive", cache_budget=0.4)
     assert torch.equal(run(num_inference_steps=24), drawn["balanced"])
     measured = str(agentsd.report(pipe, measure=True))
     assert ("measured: self-attention" if model == "PixArt" else "not timed: its attention is joint") in measured

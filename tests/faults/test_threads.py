@@ -223,8 +223,8 @@ def test_a_layer_that_another_thread_has_taken_over_does_what_was_planned(settin
     agentsd.apply_patch(pipe, **{**SETTINGS[settings], "min_tokens": 0})
     alone = image(pipe, steps=2)
     attn = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
-    other = pipe.unet._agentsd_patch.blocks[0]._processor
-    other.take_over(attn)  # by a call that never comes
+    other = pipe.unet._agentsd_patch.blocks[0]._processors["attn1"]
+    other.take_over(attn, None)  # by a call that never comes
     together = image(pipe, steps=2)
     other.give_back(attn)
     assert torch.equal(together, alone)
