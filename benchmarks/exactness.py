@@ -21,13 +21,13 @@ from card import card, write_json
 from diffusers.hooks import hooks
 from latency import RESULTS
 from options import option, parsed
-from tables import exactness_rows, print_table
+from tables import show_result
 from torch import Tensor
 
 import agentsd
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from tiny_transformers import KINDS, Trajectory, make_transformer, transformer_inputs
+from tiny_transformers import KINDS, Trajectory, make_transformer, residuals, transformer_inputs
 
 STEPS, EXACT = 8, 1e-6
 
@@ -74,16 +74,6 @@ METHODS: dict[str, Method] = {
 } | ({"cache-dit": cache_dit} if importlib.util.find_spec("cache_dit") else {})
 
 
-def residuals(kind: str, each: bool) -> dict[str, list[Tensor]]:
-    """What ControlNets add: for each block, or for each group of them."""
-    generator = torch.Generator().manual_seed(3)
-    draw = lambda count, width: [torch.randn(2, 64, width, generator=generator) for _ in range(count)]
-    if kind != "flux":
-        return {"block_controlnet_hidden_states": draw(4 if each else 2, 16)}
-    double, single = (2, 3) if each else (1, 2)
-    return {"controlnet_block_samples": draw(double, 32), "controlnet_single_block_samples": draw(single, 32)}
-
-
 def cases(kind: str) -> dict[str, Case]:
     inputs, own = transformer_inputs(kind), kind == "flux"
     pick = lambda i: {n: v if n.endswith("ids") else v[i : i + 1] for n, v in inputs.items()}
@@ -92,8 +82,8 @@ def cases(kind: str) -> dict[str, Case]:
         found["guidance in two calls"] = Case([pick(0), pick(1)], own, guided=True)
     found["image to image, two images"] = Case([inputs], start=3, images=2)
     if kind != "pixart":
-        found["ControlNet, each block"] = Case([{**inputs, **residuals(kind, True)}])
-        found["ControlNet, groups"] = Case([{**inputs, **residuals(kind, False)}])
+        found["ControlNet, each block"] = Case([{**inputs, **residuals(kind, each=True)}])
+        found["ControlNet, groups"] = Case([{**inputs, **residuals(kind)}])
     if kind.startswith("sd3"):
         found["skip-layer guidance"] = Case([inputs, {**pick(1), "skip_layers": [2]}])
     return found
@@ -150,7 +140,7 @@ def main() -> None:
     settings = {"model": "tiny transformers", "kinds": options.kinds}
     result = {"kind": "exactness", **card("cpu"), "settings": settings, "rows": rows}
     write_json(options.out, result)
-    print_table(result, exactness_rows(result))
+    show_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from architectures import ARCHITECTURES, SCHEDULERS, load_pipeline, random_input
 from card import card, write_json
 from methods import chosen, fitting
 from modes import MODES, SLOW_TO_APPLY
-from options import errors_in_one_line, option, parsed, positive
+from options import at_least, errors_in_one_line, option, parsed
 from peers import Method
 from profiling import by_operation, on_device
 from rich.progress import Progress
-from tables import latency_rows, print_table, profile_rows
+from tables import show_result
 
 RESULTS = Path(__file__).parent.parent / "runs" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +45,7 @@ class Case:
     """What is measured."""
 
     model: str = option("sd15", f"{', '.join(ARCHITECTURES)}, a model id or a folder")
-    size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=positive)
+    size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=at_least(1))
     dtype: str = option("float16" if CUDA else "float32", "of weights and latents", choices=DTYPES)
     device: str = option("cuda" if CUDA else "cpu", "of PyTorch")
     batch: int = option(2, "samples of a call: two an image, or 1, which is without guidance")
@@ -218,10 +218,7 @@ def main() -> None:
         methods = fitting(methods, pipe)
         for size in case.size:
             result = measure(case, pipe, methods, size)
-            print_table(result, latency_rows(result))
-            if "profile" in result:
-                print_table(result, profile_rows(result))
-            print(*result["notes"], f"-> {case.path(size)}", sep="\n")
+            show_result(result, case.path(size))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Put the table of docs/measured.md in, rendered from the results: `python benchmarks/measured.py`. A test checks."""
+"""The table of docs/measured.md: speed of the real architecture beside the quality of the demo model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from methods import METHODS
 from tables import ABOVE, markdown, speedups, title, with_error
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- table: python benchmarks/measured.py -->\n", "<!-- end of table -->"
+PAGE = Path(__file__).parent.parent / "docs" / "measured.md"
+BEGIN, END = "<!-- table: python benchmarks/report.py -->\n", "<!-- end of table -->"
 PSNR, P5, DISTANCE = "PSNR, dB", "PSNR p5", "FD-EffNetLite0"
 
 
-def table() -> str:
-    """Speed of the real architecture beside the quality of the demo model in as many steps, for methods with both."""
+def table(results: Path) -> str:
+    """Of the methods that have both, in as many steps."""
+    load: Callable[[str], dict[str, Any]] = lambda name: json.loads((results / f"{name}.json").read_text())
     speed = load("latency-sd15-512-float32")
     qualities = [load(f"quality-demo_model-{steps}-steps") for steps in (50, 20)]
     metrics = [{row["method"]: row["metrics"] for row in quality["rows"]} for quality in qualities]
@@ -41,15 +42,6 @@ def table() -> str:
     )
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def main() -> None:
-    page = ROOT / "docs" / "measured.md"
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(before + BEGIN + table() + END + rest.split(END, 1)[1])
-
-
-if __name__ == "__main__":
-    main()
+def write(results: Path) -> None:
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + table(results) + END + rest.split(END, 1)[1])

@@ -19,9 +19,9 @@ from architectures import ARCHITECTURES, denoiser, denoiser_inputs, load_pipelin
 from card import card, write_json
 from latency import RESULTS
 from methods import chosen, fitting
-from options import errors_in_one_line, option, parsed, positive
+from options import at_least, errors_in_one_line, option, parsed
 from peers import Method
-from tables import operations_rows, print_table
+from tables import show_result
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,7 +88,7 @@ class Case:
     """What is counted."""
 
     model: str = option("sd15", f"{', '.join(ARCHITECTURES)}, a model id or a folder")
-    size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=positive)
+    size: list[int] = option([512], "pixels of a side (default: 512)", nargs="+", type=at_least(1))
     steps: int = option(50, "of a trajectory")
     methods: list[str] | None = option(None, "names as in methods.py (default: all)", nargs="+")
     out: Path = option(RESULTS, "folder of the JSON files", type=Path)
@@ -110,8 +110,7 @@ def main() -> None:
             }
             out = case.out / f"operations-{Path(case.model).name}-{size}.json"
             write_json(out, result)
-            print_table(result, operations_rows(result))
-            print(f"-> {out}")
+            show_result(result, out)
 
 
 if __name__ == "__main__":

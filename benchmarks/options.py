@@ -8,6 +8,8 @@ from copy import copy
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
+from agentsd.cli.options import at_least
+
 T = TypeVar("T")
 
 
@@ -19,17 +21,11 @@ def option(default: Any, text: str, **how: Any) -> Any:
     if isinstance(default, bool):
         how["action"] = argparse.BooleanOptionalAction
     elif isinstance(default, int) and default > 0:
-        how["type"] = positive
+        how["type"] = at_least(1)
     elif default is not None and not isinstance(default, list):
         how.setdefault("type", type(default))
     shown = "" if default is None or isinstance(default, list) else f" (default: {default})"
     return field(default_factory=lambda: copy(default), metadata={"help": text + shown, **how})
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
-    return int(text)
 
 
 def parsed(options: type[T], text: str) -> T:

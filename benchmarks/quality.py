@@ -29,7 +29,9 @@ from options import errors_in_one_line, option, parsed
 from peers import Method
 from prompts import load_prompts
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tables import ABOVE, ERROR, print_table, quality_rows
+from tables import ABOVE, ERROR, show_result
+
+from agentsd.cli.pictures import save
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,13 +108,6 @@ def claim(study: Study, name: str, method: Method) -> None:
     write_json(made, wanted)
 
 
-def save(image: Any, path: Path) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    image.save(part, format="PNG")
-    part.replace(path)
-
-
 def generate(
     pipe: Any, study: Study, name: str, method: Method, prompts: list[str], show: Callable[[int], None]
 ) -> None:
@@ -147,7 +142,7 @@ def generate(
             undo()
         for i, image in zip(indices, images, strict=True):
             if not path(i).exists():
-                save(image, path(i))
+                save(image, path(i), {"method": name, "seed": i})
         show(images_in(folder))
     state.wait_for_everyone()
     show(images_in(folder))
@@ -163,7 +158,7 @@ def real_images(study: Study) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, scene in enumerate(demo_scenes(study.first + study.images)[study.first :], study.first):
         if not (folder / f"{i:05d}.png").exists():
-            save(scenes.render(scene), folder / f"{i:05d}.png")
+            save(scenes.render(scene), folder / f"{i:05d}.png", {"scene": i})
     return folder
 
 
@@ -223,8 +218,7 @@ def main() -> None:
         found = measure(study, methods, prompts)
         result = {"kind": "quality", **card(str(state.device)), "settings": settings, **found}
         write_json(study.path, result)
-        print_table(result, quality_rows(result))
-        print(*result["notes"], f"-> {study.path}", sep="\n")
+        show_result(result, study.path)
 
 
 if __name__ == "__main__":

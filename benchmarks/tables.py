@@ -1,6 +1,7 @@
 """Results as tables: for the terminal, and as Markdown for the README and the results page."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -141,14 +142,17 @@ def title(result: dict[str, Any]) -> str:
     return f"{settings['model']}, {settings['images']} images, {scheduler}{settings['steps']} steps, {where}"
 
 
-def print_table(result: dict[str, Any], rows: Rows) -> None:
-    """On the terminal, as wide as it is; in a file or a pipe, wide enough for all."""
-    table = Table(title=title(result))
-    for i, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if i else "left", min_width=0 if i else 24, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+def show_result(result: dict[str, Any], path: Path) -> None:
+    """On the terminal, as wide as it is; in a file or a pipe, wide enough for all. It was written to ``path``."""
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for heading, *rows in (rows_of(result), *([profile_rows(result)] if "profile" in result else [])):
+        table = Table(title=title(result))
+        for i, name in enumerate(heading):
+            table.add_column(name, justify="right" if i else "left", min_width=0 if i else 24, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    print(*result.get("notes", []), f"-> {path}", sep="\n")
 
 
 def markdown(rows: Rows) -> str:

@@ -75,13 +75,14 @@ def transformer_inputs(kind: str, batch: int = 2, height: int = 16, width: int =
     return inputs
 
 
-def residuals(kind: str, batch: int = 2, tokens: int = 64) -> dict:
-    """What ControlNets add between the blocks: fewer than there are blocks, so each after several."""
+def residuals(kind: str, batch: int = 2, tokens: int = 64, each: bool = False) -> dict:
+    """What ControlNets add between the blocks: after each, or fewer than there are blocks, so each after several."""
     generator = torch.Generator().manual_seed(3)
     draw = lambda count, width: [torch.randn(batch, tokens, width, generator=generator) for _ in range(count)]
     if kind == "flux":
-        return {"controlnet_block_samples": draw(1, 32), "controlnet_single_block_samples": draw(2, 32)}
-    return {"block_controlnet_hidden_states": draw(2, 16)}
+        double, single = (2, 3) if each else (1, 2)
+        return {"controlnet_block_samples": draw(double, 32), "controlnet_single_block_samples": draw(single, 32)}
+    return {"block_controlnet_hidden_states": draw(4 if each else 2, 16)}
 
 
 class Trajectory:

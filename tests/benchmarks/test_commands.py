@@ -12,7 +12,7 @@ from running import BENCHMARKS, run
     "script, arguments, message",
     [
         ("latency.py", ["--model", "no/such/model"], "no/such/model"),
-        ("latency.py", ["--rounds", "0"], "--rounds: 0: give 1 or more"),
+        ("latency.py", ["--rounds", "0"], "--rounds: '0' is not allowed: expected a whole number, 1 or more"),
         ("latency.py", ["--size", "100"], "multiple of 64"),
         ("latency.py", ["--batch", "3"], "--batch 3"),
         ("latency.py", ["--size", "64", "128", "--out", "one.json"], "--out"),

@@ -1,10 +1,9 @@
-"""Results as tables, as a page, and as a report in a browser."""
+"""Results as tables, as a page, and as plots."""
 
 import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from running import BENCHMARKS, PAPER, run
 
 
@@ -49,17 +48,11 @@ NAMES = ("unpatched", "tomesd r=0.4", PAPER, "DeepCache N=3", FAST)
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    """A folder with a page, and in it that of a report with sliders."""
+    """A folder with a page, and in it another of every plot."""
     folder = tmp_path_factory.mktemp("report")
     for name, result in (("latency", latency_result(names=NAMES)), ("quality", quality_result(NAMES))):
         (folder / f"{name}.json").write_text(json.dumps(result))
-    for method, levels in (("unpatched", (0, 255)), ("agentsd-fast", (255, 0))):
-        (folder / "images" / method).mkdir(parents=True)
-        steps = Image.linear_gradient("L").point(
-            lambda x, levels=levels: levels[0] + (levels[1] - levels[0]) * x / 255
-        )
-        steps.convert("RGB").save(folder / "images" / method / "00000.png")
-    result = run("report.py", "--results", folder, "--html", folder / "html", "--images", folder / "images")
+    result = run("report.py", "--results", folder, "--plots", folder / "every")
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -70,9 +63,8 @@ def test_the_page_holds_every_method_and_its_pictures(report):
     assert {path.stem for path in (report / "plots").iterdir()} == {"fidelity", "images"}
     assert text.count("](plots/") == 2 and "## How fast" not in text  # no preset was timed beside balanced
     assert text.count("<details>") == text.count("</details>") == 2
-    assert "<h3>agentsd-fast</h3>" in (report / "html" / "report.html").read_text()
     # a front for each metric, and the distribution
-    assert len(list((report / "html").glob("*.svg"))) == 3
+    assert len(list((report / "every").glob("*.svg"))) == 3
 
 
 def test_the_committed_page_is_that_of_the_results():
@@ -93,27 +85,6 @@ def test_timings_of_a_card_are_a_table():
     assert "H100, float32, batch 2, 50 steps:\n" in text and "2 cores, A, float32, batch 2, 50 steps:\n" in text
     assert text.count("| SD 1.5, 512 px | 512.0 | 3.00x | 2.00x |") == 2 and "tomesd" not in text  # none was timed
     assert list(pictures) == ["speed"] and not how_fast([other])[1]  # drawn of GPUs alone
-
-
-def test_the_report_in_a_browser(report, browser_page, tmp_path):
-    """From a file, without a request: the slider uncovers the patched image, the wheel zooms a plot."""
-    page = browser_page
-    page.goto((report / "html" / "report.html").as_uri())
-    assert page.title() == "agentsd: benchmarks"
-    slider = page.locator(".pair input").first
-    slider.fill("50")
-    assert "50%" in page.locator(".pair").first.locator("img").nth(1).evaluate("image => image.style.clipPath")
-    box = page.locator(".pair").first.bounding_box()
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
-    with Image.open(tmp_path / "page.png") as picture:
-        left, top = int(box["x"]), int(box["y"])
-        assert len(picture.convert("RGB").crop((left, top, left + 256, top + 256)).getcolors(1 << 16)) > 100
-    plot = page.locator("svg").first
-    before = plot.get_attribute("viewBox")
-    plot.hover()
-    page.mouse.wheel(0, -100)
-    page.wait_for_function("before => document.querySelector('svg').getAttribute('viewBox') != before", arg=before)
-    assert not [url for url in page.asked_for if not url.startswith(("file:", "data:"))]
 
 
 def test_the_front_is_what_no_other_point_passes():
