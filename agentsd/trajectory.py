@@ -74,7 +74,7 @@ class Trajectory:
         known = Loop() if loop is None else self._loops.setdefault(loop, Loop())
         if isinstance(timesteps, Tensor) and isinstance(timestep, Tensor):
             found = known.expected(_Schedule(timesteps), _at(scheduler), sample)
-            if found is not None:
+            if found is not None and found < len(timesteps):  # a loop may go on after its last step
                 there = self._values(timesteps)[found]
                 known.follow(found, sample, (timestep.float() * divisor - there).abs().amax(), inexact * abs(there))
                 return self._moment(scheduler, found)

@@ -83,9 +83,9 @@ def test_an_image_made_in_the_callback_of_another(model, settings):
     assert torch.equal(images[0], alone)
 
 
-def flux_loop(pipe, run, seed: int, remade: bool = False):
-    """A transformer call of an image, with a scheduler of its own, for each `next`."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+def flux_loop(pipe, run, seed: int, remade: bool = False, scheduler=None, more: int = 0):
+    """A transformer call of an image, with a scheduler of its own, for each `next`; ``more`` come after the last."""
+    scheduler = scheduler or type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(8)
     generator = torch.Generator().manual_seed(seed)
     x, ids = pipe.prepare_latents(1, 4, 64, 64, torch.float32, "cpu", generator)
@@ -98,6 +98,9 @@ def flux_loop(pipe, run, seed: int, remade: bool = False):
             noise = pipe.transformer(x, timestep=t.expand(1) / 1000, img_ids=ids, **given).sample
         x = scheduler.step(noise, t, x, return_dict=False)[0]
         yield x
+    for _ in range(more):
+        with torch.no_grad():
+            yield pipe.transformer(x.clone(), timestep=0 * t.expand(1), img_ids=ids, **given).sample
 
 
 @pytest.mark.parametrize("order", [[0, 1] * 8, [0, 1, 1, 0] * 4, [0] * 3 + [0, 1] * 5 + [1] * 3], ids=str)
@@ -117,6 +120,14 @@ def test_a_loop_that_makes_its_ids_anew_for_each_call_is_followed_all_the_same()
     agentsd.apply_patch(pipe, preset="balanced")
     once, anew = ([*flux_loop(pipe, run, 0, remade)][-1] for remade in (False, True))
     assert torch.equal(once, anew) and patch_of(pipe).calls["cached"] > 0
+
+
+def test_calls_beyond_the_end_of_a_schedule(settings):
+    """Of a loop that refines what it has: at a timestep that is none of the schedule."""
+    pipe, run = MODELS["Flux"]()
+    agentsd.apply_patch(pipe, **settings)
+    loop = flux_loop(pipe, run, 0, scheduler=pipe.scheduler, more=3)
+    assert all(x.isfinite().all() for x in loop) and len([*flux_loop(pipe, run, 0, more=3)]) == 11
 
 
 def test_the_image_after_one_that_was_cut_off_takes_nothing_from_it(model, settings):
