@@ -19,6 +19,11 @@ from agentsd.patch import Patch, patch_of
 from agentsd.settings import Settings
 from agentsd.wrapping import Weakly
 
+# what settings become where full calls are evenly spread, and where attention is left as it is
+EVENLY: dict[str, Any] = {"cache_tolerance": 0.0, "cache_budget": 1.0}
+ATTENTION_LEFT: dict[str, Any] = {"ratio": 0.0, "sample_kv": False, "cache_cell": 1, "match_interval": 1}
+ATTENTION_LEFT |= {"max_downsample": None}
+
 Model = TypeVar("Model")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -87,10 +92,18 @@ def settings_for(net: nn.Module, /, preset: str | Path | None = None, **given: A
         TypeError, ValueError: as `apply_patch`.
     """
     chosen, host = Settings.of(preset, given), host_of(net)
-    sites = [site for site in host.sites(net) if not site.skip]
-    found, kind = sorted({site.downsample for site in sites}), type(net).__name__
-    if not found:
+    every, kind = host.sites(net), type(net).__name__
+    sites = [site for site in every if not site.skip]
+    found = sorted({site.downsample for site in sites})
+    if not every:
         raise ValueError(f"{kind} has no self-attention to patch that agentsd knows: expected {SUPPORTED}.")
+    if not found and not (chosen.reuses or chosen.cuda_graphs):
+        raise ValueError(
+            f"of a {kind} features can be reused, and attention is left as it is: give a preset that reuses features, "
+            "such as preset='balanced'."
+        )
+    if not found:
+        chosen = replace(chosen, **ATTENTION_LEFT)
     for name in ("merge_crossattn", "merge_mlp"):
         if getattr(chosen, name) and any(site.joint for site in sites):
             raise ValueError(
@@ -103,7 +116,7 @@ def settings_for(net: nn.Module, /, preset: str | Path | None = None, **given: A
             f"{', '.join(map(str, found))} only; give one of these, or None."
         )
     if chosen.cache_tolerance and not host.middle(net, chosen.cache_branch).lines:  # full calls are evenly spread
-        chosen = replace(chosen, cache_tolerance=0.0, cache_budget=1.0)
+        chosen = replace(chosen, **EVENLY)
     return chosen
 
 
@@ -113,10 +126,11 @@ def _name_idle(net: nn.Module, chosen: Settings, given: Mapping[str, Any]) -> No
         warnings.warn(f"agentsd changes nothing with {why}.", stacklevel=3)
         return
     reasons = idle(chosen, given)
-    by_errors = {"cache_tolerance", "cache_budget"} & given.keys()
-    if undone := sorted(name for name in by_errors if given[name] != getattr(chosen, name)):
-        why = f"the full calls of a {type(net).__name__} are evenly spread, which is nearer than to go by errors"
-        reasons[why] = undone
+    undone = [name for name in given if given[name] != getattr(chosen, name)]
+    evenly = "the full calls of a {} are evenly spread, which is nearer than to go by errors"
+    for why, changed in ((evenly, EVENLY), ("the attention of a {} is left as it is", ATTENTION_LEFT)):
+        if names := [name for name in undone if name in changed]:
+            reasons[why.format(type(net).__name__)] = names
     for why, names in reasons.items():
         listed = ", ".join(f"{name}={given[name]!r}" for name in names)
         warnings.warn(f"agentsd: nothing comes of {listed}: {why}.", stacklevel=3)

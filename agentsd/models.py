@@ -8,8 +8,9 @@ from torch import nn
 
 SUPPORTED = (
     "a diffusers pipeline with a UNet of Stable Diffusion 1.x, 2.x or XL (StableDiffusionPipeline, "
-    "StableDiffusionXLPipeline), with a transformer of Stable Diffusion 3, 3.5, Flux or PixArt, their img2img, "
-    "inpaint and ControlNet variants, or its denoiser alone, such as a UNet2DConditionModel"
+    "StableDiffusionXLPipeline), with a transformer of Stable Diffusion 3, 3.5, Flux or PixArt, or for feature reuse "
+    "alone of Qwen-Image, Flux.2, Chroma or Sana, their img2img, inpaint and ControlNet variants, or its denoiser "
+    "alone, such as a UNet2DConditionModel"
 )
 
 

@@ -84,7 +84,11 @@ class Reuse:
         shapes = lane.shapes if lane.shapes else dict.fromkeys((*self.middle.unread, self.middle.last))
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
-        begins = lane.calls == 0 and len(track.lanes) == 1  # guidance may make another call in the same step
+        # guidance may make another call in the same step, and loops that their text tells have each a track of its own
+        together = [
+            other for other in self._now.tracks if (other.schedule, other.call) == (track.schedule, track.call)
+        ]
+        begins = lane.calls == 0 and len(track.lanes) == len(together) == 1
         call = Call(cached, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes)
         if self.settings.match_interval > 1:
             step = moment.step if moment.calls is not None else lane.calls
@@ -160,12 +164,12 @@ class Reuse:
         call = self._now.call
         if call is None or call.shapes is None or call.entered is None:
             return forward(x, *args, **kwargs)
+        entered = call.entered[:, -x.shape[1] :]  # the text may stand before the image's tokens, which alone are read
         if call.cached and call.features is not None:
-            x = call.entered
-            added = along(call.features, x) if self._follows else call.features
-            return forward((x + added).to(x.dtype), *args, **kwargs)
+            added = along(call.features, entered) if self._follows else call.features
+            return forward((entered + added).to(entered.dtype), *args, **kwargs)
         call.borrowed = torch.compiler.is_compiling()
-        entered = call.entered.detach().float()
+        entered = entered.detach().float()
         added = x.detach().float() - entered
         call.features = torch.stack((entered, added)) if self._follows else added
         return forward(x, *args, **kwargs)

@@ -103,7 +103,7 @@ def _done(planned: Phases, unchanged: Counts, block: PatchedBlock, attn: Any) ->
 
 
 def _why_not(site: Site, settings: Settings) -> str:
-    if not settings.acts:
+    if not settings.acts and not site.skip:
         return "nothing is to be merged"
     limit = "max_downsample" if settings.max_downsample else "the highest resolution with self-attention"
     return site.skip or f"lower resolution (downsampling {site.downsample}) than {limit}"

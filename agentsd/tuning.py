@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -137,7 +137,10 @@ def distinct(pipe: Any) -> dict[str, dict[str, Any]]:
     """The candidates, each but once: some are the same on this denoiser."""
     net, found = denoiser_of(pipe), dict[Settings, str]()
     for name, settings in CANDIDATES.items():
-        found.setdefault(settings_for(net, **settings), name)
+        with suppress(ValueError):  # where attention is left as it is, those that reuse nothing are none
+            found.setdefault(settings_for(net, **settings), name)
+    if not found:
+        settings_for(net)  # raises
     return {name: CANDIDATES[name] for name in found.values()}
 
 

@@ -1,24 +1,36 @@
 """Denoisers without a UNet: what is known of each, and feature reuse that is exact where its inputs repeat."""
 
 import copy
+import inspect
+import itertools
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_transformers import KINDS, Trajectory, image_ids, make_transformer, residuals, transformer_inputs
+from tiny_transformers import (
+    KINDS,
+    PACKED,
+    REUSED,
+    Trajectory,
+    image_ids,
+    make_transformer,
+    residuals,
+    transformer_inputs,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import agentsd
-from agentsd.hosts import Flux, PixArt, StableDiffusion3, UNet, host_of
+from agentsd.hosts import Chroma, Flux, Flux2, PixArt, QwenImage, Sana, StableDiffusion3, UNet, host_of
 from agentsd.patch import patch_of
 from agentsd.trajectory import Trajectory as Schedule
 
 REUSE = {"ratio": 0, "cache_interval": 3, "cache_order": 1}
 HOSTS = {"sd3": StableDiffusion3, "sd35": StableDiffusion3, "flux": Flux, "pixart": PixArt}
+HOSTS |= {"qwen": QwenImage, "flux2": Flux2, "chroma": Chroma, "sana": Sana}
 JOINT = tuple(kind for kind in KINDS if kind != "pixart")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=(*KINDS, *REUSED))
 def kind(request) -> str:
     return request.param
 
@@ -39,6 +51,7 @@ def test_hosts_are_told_by_their_blocks(kind):
     assert type(host_of(torch.nn.Linear(2, 2))) is UNet
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(16, 16), (8, 20), (22, 6)])
 def test_grids_are_those_of_a_forward_pass(kind, size):
     net, inputs, seen = make_transformer(kind), transformer_inputs(kind, 1, *size), []
@@ -59,7 +72,7 @@ def test_arguments_come_by_position_too(kind):
     net, inputs = make_transformer(kind), transformer_inputs(kind)
     host, timestep = host_of(net), torch.tensor([0.5, 0.5])
     named = host.inputs(net, (), {**inputs, "timestep": timestep})
-    order = ("hidden_states", "encoder_hidden_states", *(("pooled_projections",) if kind != "pixart" else ()))
+    order = [*itertools.takewhile("timestep".__ne__, inspect.signature(type(net).forward).parameters)][1:]
     rest = {name: value for name, value in inputs.items() if name not in order}
     placed = host.inputs(net, (*(inputs[name] for name in order), timestep), rest)
     assert placed.sample is named.sample and placed.text is named.text and placed.timestep is named.timestep
@@ -109,7 +122,7 @@ def test_a_cached_call_at_the_same_point_equals_the_full_one(kind):
     net = make_transformer(kind)
     for inputs in (transformer_inputs(kind), transformer_inputs(kind, 3, 8, 20)):
         expected = net(
-            **inputs, timestep=torch.full((len(inputs["hidden_states"]),), 0.601 * 1000 ** (kind != "flux"))
+            **inputs, timestep=torch.full((len(inputs["hidden_states"]),), 0.601 * 1000 ** (kind not in PACKED))
         )
         for branch in (0, 1):
             pipe = Trajectory(copy.deepcopy(net), kind)
@@ -122,9 +135,9 @@ def test_a_cached_call_at_the_same_point_equals_the_full_one(kind):
 
 @pytest.mark.parametrize("skipped", [(), (1,), (1, 3), (0,), (0, 2)])
 @pytest.mark.parametrize("controlled", [False, True])
-@pytest.mark.parametrize("kind", JOINT)
+@pytest.mark.parametrize("kind", (*JOINT, *(kind for kind in REUSED if kind != "flux2")))
 def test_it_does_with_controlnets_and_skipped_layers(kind, controlled, skipped):
-    if kind == "flux" and skipped:
+    if "sd3" not in kind and skipped:
         return
     net, inputs = make_transformer(kind), transformer_inputs(kind)
     plain = Trajectory(net, kind).call(0, inputs)
@@ -171,14 +184,17 @@ def test_a_tensor_is_kept_a_lane_or_two_with_their_slope(kind, order):
     inputs = transformer_inputs(kind)
     pipe = agentsd.apply_patch(Trajectory(make_transformer(kind), kind), **{**REUSE, "cache_order": order})
     pipe.run(inputs)
-    width = 32 if kind == "flux" else 16
-    assert agentsd.report(pipe).cache_bytes == 4 * 2 * (64 + order * 65) * width  # bytes, batch, tokens
+    width, tokens = 32 if kind in PACKED else 16, 256 if kind == "sana" else 64
+    assert agentsd.report(pipe).cache_bytes == 4 * 2 * (tokens + order * (tokens + 1)) * width  # bytes, batch, ...
     assert agentsd.report(pipe).last["cached"] >= 4
 
 
 def test_features_in_half_precision_are_kept_in_float32(kind):
     net = make_transformer(kind).to(torch.bfloat16)
-    inputs = {n: v if n.endswith("ids") else v.to(torch.bfloat16) for n, v in transformer_inputs(kind).items()}
+    inputs = {
+        n: v if n[4:] in ("ids", "shapes", "seq_lens") else v.to(net.dtype)
+        for n, v in transformer_inputs(kind).items()
+    }
     expected = Trajectory(net, kind).call(0, inputs)
     pipe = agentsd.apply_patch(Trajectory(net, kind), **REUSE, cache_branch=1)
     for (output,) in pipe.run(inputs):

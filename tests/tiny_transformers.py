@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import diffusers
 import torch
+import torch.nn.functional as F
 from conftest import POOLED_CHANNELS, TEXT_CHANNELS, TEXT_LENGTH
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 KINDS = ("sd3", "sd35", "flux", "pixart")
+JOINT = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TEXT_CHANNELS, "in_channels": 16}
+# those whose attention is left as it is, by their classes
+REUSED = {
+    "qwen": ("QwenImageTransformer2DModel", JOINT | {"out_channels": 4, "num_layers": 4, "axes_dims_rope": (4, 6, 6)}),
+    "flux2": (
+        "Flux2Transformer2DModel",
+        JOINT | {"num_layers": 2, "num_single_layers": 3, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False},
+    ),
+    "chroma": (
+        "ChromaTransformer2DModel",
+        JOINT
+        | {"num_layers": 2, "num_single_layers": 3, "axes_dims_rope": (4, 6, 6)}
+        | {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1},
+    ),
+    "sana": (
+        "SanaTransformer2DModel",
+        {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_layers": 4, "caption_channels": TEXT_CHANNELS}
+        | {"attention_head_dim": 8, "num_attention_heads": 2, "cross_attention_head_dim": 8}
+        | {"num_cross_attention_heads": 2, "cross_attention_dim": 16},
+    ),
+}
+REUSED = {kind: made for kind, made in REUSED.items() if hasattr(diffusers, made[0])}
+PACKED = ("flux", "qwen", "flux2", "chroma")  # latents are tokens, and timesteps are divided
 SD3 = {
     "sample_size": 16,
     "in_channels": 4,
@@ -46,7 +71,10 @@ PIXART = {
 
 def make_transformer(kind: str, **overrides):
     torch.manual_seed(0)
-    if kind == "flux":
+    if kind in REUSED:
+        name, config = REUSED[kind]
+        net = getattr(diffusers, name)(**config | overrides)
+    elif kind == "flux":
         net = FluxTransformer2DModel(**FLUX | overrides)
     elif kind == "pixart":
         net = PixArtTransformer2DModel(**PIXART | overrides)
@@ -66,12 +94,21 @@ def transformer_inputs(kind: str, batch: int = 2, height: int = 16, width: int =
     generator = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(batch, *shape, generator=generator)
     inputs = {"hidden_states": draw(4, height, width), "encoder_hidden_states": draw(TEXT_LENGTH, TEXT_CHANNELS)}
-    if kind != "pixart":
+    if kind in ("sd3", "sd35", "flux"):
         inputs["pooled_projections"] = draw(POOLED_CHANNELS)
-    if kind == "flux":
-        rows, columns = height // 2, width // 2
-        inputs["hidden_states"] = draw(rows * columns, FLUX["in_channels"])
-        inputs |= {"img_ids": image_ids(rows, columns), "txt_ids": torch.zeros(TEXT_LENGTH, 3)}
+    rows, columns, mask = height // 2, width // 2, torch.ones(batch, TEXT_LENGTH)
+    if kind in PACKED:
+        inputs["hidden_states"] = draw(rows * columns, 16)
+    if kind == "qwen":
+        inputs |= {"img_shapes": [[(1, rows, columns)]] * batch, "encoder_hidden_states_mask": mask.long()}
+        if diffusers.__version__ < "0.36":
+            inputs["txt_seq_lens"] = [TEXT_LENGTH] * batch
+    elif kind in PACKED:
+        ids = image_ids(rows, columns)
+        axes = 4 if kind == "flux2" else 3
+        inputs |= {"img_ids": F.pad(ids, (0, axes - 3)), "txt_ids": torch.zeros(TEXT_LENGTH, axes)}
+    if kind == "sana":
+        inputs["encoder_attention_mask"] = mask
     return inputs
 
 
@@ -79,7 +116,10 @@ def residuals(kind: str, batch: int = 2, tokens: int = 64, each: bool = False) -
     """What ControlNets add between the blocks: after each, or fewer than there are blocks, so each after several."""
     generator = torch.Generator().manual_seed(3)
     draw = lambda count, width: [torch.randn(batch, tokens, width, generator=generator) for _ in range(count)]
-    if kind == "flux":
+    if kind in ("qwen", "sana"):
+        tokens, width = (tokens, 32) if kind == "qwen" else (4 * tokens, 16)
+        return {"controlnet_block_samples": draw(2, width)}
+    if kind in ("flux", "chroma"):
         double, single = (2, 3) if each else (1, 2)
         return {"controlnet_block_samples": draw(double, 32), "controlnet_single_block_samples": draw(single, 32)}
     return {"block_controlnet_hidden_states": draw(4 if each else 2, 16)}
@@ -100,4 +140,4 @@ class Trajectory:
 
     def call(self, step: int, inputs: dict) -> torch.Tensor:
         timestep = self.scheduler.timesteps[step].expand(len(inputs["hidden_states"]))
-        return self.transformer(**inputs, timestep=timestep / 1000 if self.kind == "flux" else timestep).sample
+        return self.transformer(**inputs, timestep=timestep / 1000 if self.kind in PACKED else timestep).sample

@@ -3,12 +3,13 @@
 from agentsd.hosts.base import Host, Inputs, Middle, Site
 from agentsd.hosts.flux import Flux
 from agentsd.hosts.pixart import PixArt
+from agentsd.hosts.reused import Chroma, Flux2, QwenImage, Sana
 from agentsd.hosts.sd3 import StableDiffusion3
 from agentsd.hosts.unet import UNet
 
-__all__ = ["Flux", "Host", "Inputs", "Middle", "PixArt", "Site", "StableDiffusion3", "UNet", "host_of"]
+__all__ = ["HOSTS", "Flux", "Host", "Inputs", "Middle", "PixArt", "Site", "StableDiffusion3", "UNet", "host_of"]
 
-HOSTS: tuple[Host, ...] = (StableDiffusion3(), Flux(), PixArt())
+HOSTS: tuple[Host, ...] = (StableDiffusion3(), Flux(), PixArt(), QwenImage(), Flux2(), Chroma(), Sana())
 
 
 def host_of(net: object) -> Host:

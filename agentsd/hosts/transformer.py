@@ -27,7 +27,7 @@ class Transformer:
     text_tokens = 0
 
     def knows(self, net: Any) -> bool:
-        blocks = [block for _, block in _blocks(net)]
+        blocks = [block for _, block in blocks_of(net)]
         return bool(blocks) and all(isinstance(block, self.blocks) for block in blocks)
 
     def inputs(self, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
@@ -42,7 +42,7 @@ class Transformer:
 
     def sites(self, net: nn.Module) -> list[Site]:
         level = self.patch_size(net).bit_length() - 1
-        return [self.site(name, block, level) for name, block in _blocks(net)]
+        return [self.site(name, block, level) for name, block in blocks_of(net)]
 
     def site(self, name: str, block: Any, level: int) -> Site:
         """A block of joint attention, unless its host knows better."""
@@ -65,7 +65,7 @@ class Transformer:
         them: what they make of their input is a sum, which the norm after the last block reads. The text ends there.
         A line in time leads such sums astray (benchmarks/NOTES.md).
         """
-        names = [name for name, _ in _blocks(net)]
+        names = [name for name, _ in blocks_of(net)]
         if not hasattr(net, ENDS):
             raise ValueError(f"features of a {type(net).__name__} cannot be reused: use cache_interval=1.")
         if branch > len(names) - 2:
@@ -87,15 +87,16 @@ class Transformer:
 
     def tokens(self, name: str, image: int) -> int:
         """How many tokens the module called ``name`` acts on, where the image has so many."""
-        if "norm" in name or "time" in name or "adaln" in name:  # modulation is the same for all
+        if any(part in name for part in ("norm", "time", "adaln", "mod", "guidance")):  # the same for all tokens
             return 1
         if name.startswith(LISTS[1]):
             return image + self.text_tokens
-        of_text = ("context", ".add_", "to_add_out", "caption", "attn2.to_k", "attn2.to_v")
+        of_text = ("context", "txt_", ".add_", "to_add_out", "caption", "attn2.to_k", "attn2.to_v")
         return self.text_tokens if any(part in name for part in of_text) else image
 
 
-def _blocks(net: Any) -> list[tuple[str, nn.Module]]:
+def blocks_of(net: Any) -> list[tuple[str, nn.Module]]:
+    """The transformer blocks by name, in the order of a call."""
     lists = ((name, getattr(net, name, None)) for name in LISTS)
     return [(f"{name}.{i}", block) for name, blocks in lists if blocks is not None for i, block in enumerate(blocks)]
 

@@ -8,10 +8,12 @@ from test_accelerators import HOW
 from test_adapters import FEATURES as ADAPTERS
 from test_memory import FEATURES as MEMORY
 from zoo import PIPELINES
+from zoo_reused import REUSED
 from zoo_transformers import MODELS, TRANSFORMERS
 
 PAGE = (ROOT / "docs" / "compatibility.md").read_text()
 SECTIONS = {"Pipelines": PIPELINES, "Pipelines with a transformer": TRANSFORMERS, "Compilers": HOW}
+SECTIONS["Pipelines whose features alone are reused"] = REUSED
 BY_MODEL = {"Adapters": ADAPTERS, "Memory, back ends, training": MEMORY}
 
 

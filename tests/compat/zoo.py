@@ -102,7 +102,8 @@ def runner(pipe, **arguments) -> Run:
     """A function that makes the same image each time it is called."""
     accepted = pipe.__call__.__code__.co_varnames if not hasattr(pipe.__call__, "__wrapped__") else None
     accepted = accepted or pipe.__call__.__wrapped__.__code__.co_varnames
-    wanted = {"prompt": "red apple", "num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "pt"}
+    wanted = {"prompt": "red apple", "num_inference_steps": 5, "output_type": "pt"}
+    wanted |= {"guidance_scale": 5.0} if "guidance_scale" in accepted else {}
     if "height" in accepted and "image" not in arguments:
         wanted |= {"height": SIZE, "width": SIZE}
 
