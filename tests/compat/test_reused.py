@@ -6,11 +6,13 @@ import diffusers
 import pytest
 import torch
 from checks import check, distance
+from test_capture import Recorder
 from test_transformer_use import on, sibling
 from tiny_transformers import make_transformer
 from zoo_reused import REUSED
 
 import agentsd
+from agentsd import capture
 from agentsd.patch import patch_of
 
 PIPELINES = {name: make for name, make in REUSED.items() if hasattr(diffusers, make.args[0])}
@@ -70,6 +72,21 @@ def test_an_image_after_one_that_was_cancelled(name):
     with pytest.raises(KeyboardInterrupt):
         run(callback_on_step_end=cancel)
     assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("name", TEXT_TO_IMAGE)
+def test_recorded_calls_are_the_same_image(name, monkeypatch):
+    """By a recorder that calls again, also where nothing but graphs is asked for."""
+    monkeypatch.setattr(capture, "CudaGraphs", Recorder)
+    pipe, run = PIPELINES[name]()
+    for settings in ({"ratio": 0}, {"preset": "balanced"}):
+        agentsd.remove_patch(pipe)
+        if "preset" in settings:
+            agentsd.apply_patch(pipe, **settings)
+        expected = run()
+        agentsd.apply_patch(pipe, **settings, cuda_graphs=True)
+        assert torch.equal(run(), expected)
+        assert patch_of(pipe).capture.captured >= 1
 
 
 @pytest.mark.parametrize("name", TEXT_TO_IMAGE)
