@@ -28,8 +28,9 @@ class Arriving:
 
 def worst_error(estimate: Tensor, features: Tensor) -> Tensor:
     """|estimate - features| / |features| of the worst sample: (B, ...) and (B, ...) -> ()."""
-    off = torch.linalg.vector_norm((estimate - features).flatten(1), dim=1, dtype=torch.float32)
-    size = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=torch.float32)
+    exact = torch.promote_types(features.dtype, torch.float32)
+    off = torch.linalg.vector_norm((estimate - features).flatten(1), dim=1, dtype=exact)
+    size = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=exact)
     worst: Tensor = (off / size.clamp_min(1e-12)).amax()
     return worst
 

@@ -120,7 +120,7 @@ def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:
         partition: of the N tokens, with at least one dst; on the device of ``x``.
     """
     x = x.detach() if x.requires_grad else x
-    exact = x.dtype if x.dtype == torch.float64 else torch.float32  # in half precision norms overflow
+    exact = torch.promote_types(x.dtype, torch.float32)  # in half precision norms overflow
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
     x = (x / length.clamp_min(1e-12)).to(x.dtype).index_select(1, partition.order)
     dst, src = x[:, : partition.num_dst].mT, x[:, partition.num_dst :]

@@ -114,16 +114,23 @@ class Patch:
         if inputs is None:
             return
         self.latent_size = inputs.size
-        call = self._now.call = self._recorded.plan(inputs.sample, self._call(net, inputs), True)
+        moment = self._locate(inputs)
+        coming, place = self._call(net, inputs, moment), (moment.step, moment.steps)
+        call = self._now.call = self._recorded.plan(inputs.sample, coming, True, place)
         if call is not None:
             call.recomputed = torch._C._current_graph_task_id() != -1
         if self.capture is not None:
             self.capture.look_at(net)
 
-    def _call(self, net: nn.Module, inputs: Inputs) -> Call:
-        settings, moment = self.settings, Moment(0, 1)
+    def _locate(self, inputs: Inputs) -> Moment:
+        """The moment of a call, where anything depends on it."""
+        settings = self.settings
         if self.reuse is not None or (self.blocks and (settings.use_rand or len(settings.phases) > 1)):
-            moment = self.trajectory.locate(inputs.timestep, inputs.divisor, inputs.sample, inputs.loop)
+            return self.trajectory.locate(inputs.timestep, inputs.divisor, inputs.sample, inputs.loop)
+        return Moment(0, 1)
+
+    def _call(self, net: nn.Module, inputs: Inputs, moment: Moment) -> Call:
+        settings = self.settings
         call = self.reuse.before_call(moment, inputs) if self.reuse is not None else Call()
         if call.begins:
             self.calls = {"full": 0, "cached": 0}

@@ -106,7 +106,8 @@ class Draws:
         phase: Phase, used: dict[int, Grid], seed: int | None, steps: range, device: torch.device
     ) -> list[dict[int, Partition]]:
         drawn: list[dict[int, Partition]] = [{} for _ in steps]
-        with torch.inference_mode(False), torch.no_grad():  # of use under gradients, too
+        # of use under gradients, too, and in functions that torch.func transforms
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
             for grid in set(used.values()):
                 indices = [i for i, other in used.items() if other == grid]
                 each = [(step, i) for step in steps for i in indices]

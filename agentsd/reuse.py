@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from agentsd.checkpointing import is_differentiated
 from agentsd.control import Controller, Table
 from agentsd.features import along
 from agentsd.hosts import Inputs, Middle
@@ -60,8 +61,7 @@ class Reuse:
 
     def before_call(self, moment: Moment, inputs: Inputs) -> Call:
         """Decide on the call at ``moment``. Calls of a trajectory that cannot be told from another's are full."""
-        # reentrant checkpointing makes the first run without gradients, but its input asks for one
-        if torch.is_grad_enabled() or inputs.sample.requires_grad or moment.mixed:
+        if is_differentiated(inputs.sample) or moment.mixed:
             if moment.mixed:
                 self._warn("the samples of a call are at several timesteps")
             return Call()

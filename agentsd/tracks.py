@@ -21,15 +21,19 @@ MOST_LANES = 4  # calls of one step; guidance makes two or three
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What tells the calls of one step apart: the shape of the latents, what they are conditioned on and skip."""
+    """What tells the calls of one step apart: what latents they have and in which types they compute, what they are
+    conditioned on and skip.
+    """
 
     kind: tuple[Any, ...]
     text: Tensor | None
 
     @classmethod
     def of(cls, inputs: Inputs) -> Condition:
-        sample = inputs.sample
-        return cls((sample.shape, sample.dtype, sample.device, inputs.skipped), inputs.text)
+        sample, kind = inputs.sample, inputs.sample.device.type
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else sample.dtype
+        return cls((sample.shape, sample.dtype, dtype, sample.device, inputs.skipped), inputs.text)
 
     def is_in_memory_of(self, other: Condition) -> bool:
         a, b = self.text, other.text

@@ -49,7 +49,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "joint": "schedule matching merge attention processor",
     "block": "matching merge checkpointing settings hosts planner processor joint",
     "tracks": "schedule features control hosts wrapping",
-    "reuse": "schedule control features wrapping settings hosts planner processor tracks",
+    "reuse": "schedule checkpointing control features wrapping settings hosts planner processor tracks",
     "graphs": "",
     "capture": "matching planner processor graphs",
     "models": "",

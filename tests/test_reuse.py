@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import image, make_img2img, make_pipeline, make_scheduler, make_unet, unet_inputs
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
 
 import agentsd
 from agentsd.features import Lane, along
@@ -136,6 +137,23 @@ def test_a_cheap_call_at_the_same_point_equals_the_whole_one(kind, branch):
     nearby = {**inputs, "timestep": inputs["timestep"] - 1e-6}
     torch.testing.assert_close(unet(**nearby).sample, expected)
     assert calls == [True, False]
+
+
+@pytest.mark.parametrize("branch", range(4))
+@torch.no_grad()
+def test_layers_of_several_attentions_are_skipped_as_one(branch):
+    """As AudioLDM 2 has them."""
+    torch.manual_seed(0)
+    widths = {"block_out_channels": (16, 32), "cross_attention_dim": ((None, 16, 24),) * 2, "attention_head_dim": 4}
+    ways = {f"{way}_block_types": (f"CrossAttn{way.title()}Block2D",) * 2 for way in ("down", "up")}
+    unet = AudioLDM2UNet2DConditionModel(in_channels=4, out_channels=4, norm_num_groups=8, **widths, **ways).eval()
+    x, texts = torch.randn(2, 4, 16, 16), (torch.randn(2, 5, 16), torch.randn(2, 5, 24))
+    call = lambda t: unet(x, t, encoder_hidden_states=texts[0], encoder_hidden_states_1=texts[1]).sample
+    expected = call(601.0)
+    agentsd.apply_patch(unet, 0, cache_interval=2, cache_branch=branch)
+    for timestep in (601.0, 600.9999):
+        torch.testing.assert_close(call(timestep), expected, rtol=0, atol=1e-5)
+    assert agentsd.report(unet).last == {"full": 1, "cached": 1}
 
 
 def test_cheap_calls_run_what_the_branch_says():

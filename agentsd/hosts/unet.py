@@ -64,7 +64,7 @@ class UNet:
         outputs, and the first convolution's, as skip connections. The last module skipped gives these their input.
         """
         blocks = [*getattr(net, "down_blocks", ()), *getattr(net, "up_blocks", ())]
-        if not blocks or not all(hasattr(block, "resnets") for block in blocks):
+        if not blocks or not all(hasattr(block, "resnets") and _even(block) for block in blocks):
             raise ValueError(f"features of a {type(net).__name__} cannot be reused: use cache_interval=1.")
         ups = sum(len(block.resnets) for block in net.up_blocks)
         if branch > ups - 2:
@@ -100,9 +100,14 @@ class UNet:
         return work[False] / max(sum(work.values()), 1)
 
 
+def _even(block: Any) -> bool:
+    """Whether all layers of a block have as many modules of each part; some UNets have several attentions in each."""
+    return not any(len(getattr(block, part, None) or ()) % len(block.resnets) for part in PARTS)
+
+
 def _layer(prefix: str, block: Any, index: int) -> list[str]:
-    parts = [part for part in PARTS if len(getattr(block, part, None) or ()) > index]
-    return [f"{prefix}.{part}.{index}" for part in parts]
+    counts = {part: len(getattr(block, part, None) or ()) // len(block.resnets) for part in PARTS}
+    return [f"{prefix}.{part}.{count * index + i}" for part, count in counts.items() for i in range(count)]
 
 
 def _levels(net: nn.Module) -> Iterator[tuple[str, int]]:

@@ -154,6 +154,28 @@ def test_a_denoiser_that_is_checkpointed_as_a_whole(name, order, reentrant):
         assert torch.allclose(layer.grad, expected[parameter], rtol=1e-4, atol=1e-6), parameter
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("parts", [1, 2], ids=["the same latents", "parts of a batch"])
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "sampling"]))
+def test_calls_of_one_memory_that_are_checkpointed_as_a_whole(name, parts, reentrant):
+    """At timesteps of different phases, of which each call's plan is its own."""
+    found = []
+    for checkpointed in (False, True):
+        unet, inputs = agentsd.apply_patch(make_unet(), seed=0, **SETTINGS[name]).train(), unet_inputs()
+        latents, texts = inputs["sample"].requires_grad_(), inputs["encoder_hidden_states"]
+        run = lambda x, t, text, unet=unet: unet(x, t, encoder_hidden_states=text).sample
+        losses = []
+        with torch.enable_grad():
+            for i, timestep in enumerate((900, 700, 100)):
+                given = (latents.chunk(parts)[i % parts], timestep, texts.chunk(parts)[i % parts])
+                output = checkpoint(run, *given, use_reentrant=reentrant) if checkpointed else run(*given)
+                losses.append(output.square().mean())
+            sum(losses).backward()
+        found.append([latents.grad, *(p.grad for p in unet.parameters())])
+    for gradient, expected in zip(*found, strict=True):
+        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("inner", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("outer", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("name", sweep(SETTINGS, ["agents"]))

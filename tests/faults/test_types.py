@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import image, make_pipeline, make_scheduler, make_unet, unet_inputs
+from conftest import embeddings, image, make_pipeline, make_scheduler, make_unet, unet_inputs
 from situations import SETTINGS, distance, inputs_of, sweep
 from zoo import build, runner
 
@@ -327,3 +327,38 @@ def test_self_attention_guidance(name, most):
         assert distance(found, plain) < 0.5 and torch.equal(run(), found)
     agentsd.remove_patch(pipe)
     assert torch.equal(run(), plain)
+
+
+# Types that change
+
+
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "adaptive"]))
+def test_double_precision(name):
+    pipe = make_pipeline().to(torch.float64)
+    given = {key: x.double() for key, x in embeddings().items()}
+    draw = lambda: (
+        pipe(**given, num_inference_steps=12, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+    )
+    expected = draw()
+    agentsd.apply_patch(pipe, **SETTINGS[name])
+    found = draw()
+    assert found.dtype == torch.float64 and distance(found, expected) < 0.2
+
+
+CHANGES = {"begins": (7, 14), "ends": (0, 7), "in turns": (0, 14, 2), "every third": (0, 14, 3)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "balanced", "adaptive"]))
+@torch.no_grad()
+def test_autocast_that_begins_or_ends_within_an_image(name, change):
+    """Features in half precision are those of other calls than features in float32."""
+    found = []
+    for settings in (None, SETTINGS[name]):
+        unet = make_unet() if settings is None else agentsd.apply_patch(make_unet(), **settings)
+        for i in range(14):
+            inputs = unet_inputs(timestep=900 - 20 * i)
+            inputs["sample"] *= 1 - 0.01 * i
+            with torch.autocast("cpu", torch.bfloat16, enabled=i in range(*CHANGES[change])):
+                found.append(unet(**inputs).sample.float())
+    assert max(distance(a, b) for a, b in zip(found[14:], found[:14], strict=True)) < 0.2
