@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from diffusers.models import attention_processor as diffusers_processors
-from torch import Tensor
+from torch import Tensor, nn
 
 from agentsd.attention import agent_attention
 from agentsd.planner import Now
@@ -29,6 +31,9 @@ PLAIN_PROCESSORS = tuple(
     if hasattr(diffusers_processors, name)
 )
 
+# what a processor has that holds nothing of a call
+PLAIN = (bool, int, float, str, type(None), type, FunctionType, Tensor, nn.Module, torch.dtype, torch.device)
+
 
 def processor_of(attn: Any) -> Any:
     """The layer's own processor, also while a call of another thread has taken it over; None where it has none."""
@@ -36,12 +41,26 @@ def processor_of(attn: Any) -> Any:
     return processor.own if isinstance(processor, AgentAttnProcessor) else processor
 
 
+def looks_on(processor: Any) -> bool:
+    """Whether a processor may hold what it sees beyond a call, or count its calls.
+
+    Those of diffusers' models do not. Others may, where they have attention maps or an object that is no part of a
+    network: a store, a controller.
+    """
+    if type(processor).__module__.startswith("diffusers.models."):
+        return False
+    held = [value for name, value in getattr(processor, "__dict__", {}).items() if not name.startswith("_")]
+    several = [value for value in held if isinstance(value, list | tuple) and value]
+    single = [value for value in held if not (isinstance(value, list | tuple) and value)]
+    return hasattr(processor, "attention_probs") or not all(isinstance(x, PLAIN) for x in chain(single, *several))
+
+
 def keeper(layer: Any) -> str:
     """Who may keep for a later call what the layer gives, or looks into its attention: empty where nobody does.
 
     What is made of merged tokens fits no other call: each has an order of its own. accelerate and compilers keep none.
     """
-    if hasattr(processor_of(layer), "attention_probs"):
+    if looks_on(processor_of(layer)):
         return type(processor_of(layer)).__name__
     forward = layer.__dict__.get("forward")  # vars() the compiler of PyTorch 2.6 does not know
     own = getattr(forward, "__func__", None) is type(layer).forward or hasattr(forward, "_torchdynamo_orig_callable")

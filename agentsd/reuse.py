@@ -20,7 +20,7 @@ from agentsd.control import Controller, Table
 from agentsd.features import along
 from agentsd.hosts import Inputs, Middle
 from agentsd.planner import Call, Now
-from agentsd.processor import keeper
+from agentsd.processor import looks_on, processor_of
 from agentsd.schedule import Moment, interval_of
 from agentsd.settings import Settings
 from agentsd.tracks import MOST_LANES, Condition, Track
@@ -67,7 +67,7 @@ class Reuse:
             return Call()
         track = self._track(moment, inputs.loop)
         if track.read_by:
-            self._warn(f"{track.read_by} reads the attention of a layer that cached calls skip")
+            self._warn(f"{track.read_by} may look on at a layer that cached calls skip, or count its calls")
             return Call()
         if moment.call != track.call and track.crowded:
             self._warn(
@@ -118,10 +118,10 @@ class Reuse:
         return new
 
     def _reader(self) -> str:
-        """The processor of self-attention guidance, if it is in the middle."""
+        """A processor in the middle that looks on, as that of self-attention guidance."""
         modules = net.named_modules() if (net := self._net()) is not None else ()
         held = (m for name, m in modules if hasattr(m, "processor") and self.middle.holds(name))
-        return next((keeper(m) for m in held if hasattr(m.processor, "attention_probs")), "")
+        return next((type(processor_of(m)).__name__ for m in held if looks_on(processor_of(m))), "")
 
     def _count(self, full: bool) -> None:
         self._full = self._full + 1 if full else 0

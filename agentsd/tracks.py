@@ -81,7 +81,7 @@ class Track:
         call: the place of the last one.
         loop: what its calls have in common (`agentsd.hosts.Inputs`), while the loop that made it holds it.
         lanes: the features of each of the calls that a step makes.
-        read_by: what reads the attention of the middle, so that all calls are full.
+        read_by: what looks on at the middle, so that all calls are full.
         steady: whether the last two steps made as many calls.
     """
 

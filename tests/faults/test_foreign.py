@@ -6,9 +6,12 @@ from conftest import image, make_pipeline, make_unet, unet_inputs
 from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.hooks import HookRegistry, apply_pyramid_attention_broadcast
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
 from situations import SETTINGS, distance, inputs_of, sweep, warned
 
 import agentsd
+
+ATTENTION = {"merge_mlp": False}  # which is not somebody else's
 
 
 def blocks_of(unet):
@@ -73,7 +76,7 @@ def test_a_reference_image_keeps_its_effect(how, name, timestep):
     plain = [referenced(unet, reference, strength, timestep) for strength in (1, 5)]
     found = []
     for strength in (1, 5):
-        agentsd.apply_patch(unet, **SETTINGS[name])
+        agentsd.apply_patch(unet, **SETTINGS[name] | ATTENTION)
         found.append(referenced(unet, reference, strength, timestep))
     effect = plain[1] - plain[0]
     assert distance(found[1] - found[0], effect) < 0.3
@@ -97,7 +100,7 @@ def test_given_keys_are_not_sampled_and_it_is_said_once(how):
 @pytest.mark.parametrize("name", sweep(SETTINGS))
 def test_a_reference_hooked_in_after_the_patch(name):
     """The order of patch and reference does not matter."""
-    unet = agentsd.apply_patch(make_unet(), **SETTINGS[name])
+    unet = agentsd.apply_patch(make_unet(), **SETTINGS[name] | ATTENTION)
     reference, bare = Reference(unet, "keyword"), make_unet()
     effect = torch.sub(*(referenced(bare, Reference(bare, "keyword"), strength) for strength in (5, 1)))
     found = torch.sub(*(referenced(unet, reference, strength) for strength in (5, 1)))
@@ -241,3 +244,73 @@ def test_a_cache_in_a_pipeline():
             registry.reset_stateful_hooks(recurse=False) if registry is not None else None
         found.append(image(pipe, steps=8))
     assert torch.equal(*found) and distance(found[0], plain) < 0.5
+
+
+# Processors that look on
+
+
+class Counting:
+    """As the controllers of prompt-to-prompt: it counts the attention layers of a call, and by them the steps."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers, self.calls, self.maps = layers, 0, []
+
+    @property
+    def step(self) -> float:
+        return self.calls / self.layers
+
+
+class Controlled:
+    def __init__(self, controller: Counting) -> None:
+        self.controller = controller
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            attn.head_to_batch_dim(layer(x))
+            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        scores = attn.get_attention_scores(query, key, attention_mask)
+        self.controller.calls += 1
+        self.controller.maps.append(scores.shape)
+        x = attn.batch_to_head_dim(scores @ value)
+        return attn.to_out[1](attn.to_out[0](x))
+
+
+class Weighed(Controlled):
+    """One that holds nothing of a call."""
+
+    def __init__(self) -> None:
+        self.scales, self.weight, self.layer = [1.0, 0.5], torch.ones(3), torch.nn.Linear(2, 2)
+        self.controller = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+@pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "balanced"]))
+def test_a_controller_sees_every_step_and_every_map(name):
+    """Of its layers nothing is merged and nothing skipped, and it is said."""
+    seen = []
+    for settings in (None, SETTINGS[name]):
+        pipe = make_pipeline()
+        controller = Counting(len(pipe.unet.attn_processors))
+        pipe.unet.set_attn_processor({key: Controlled(controller) for key in pipe.unet.attn_processors})
+        if settings is None:
+            expected = image(pipe, steps=12)
+        else:
+            agentsd.apply_patch(pipe, **settings | ATTENTION)
+            with warned() as messages:
+                found = image(pipe, steps=12)
+            assert any("Controlled" in message for message in messages)
+        seen.append((controller.step, controller.maps))
+    assert seen[0] == seen[1] and seen[0][0] == 12
+    assert torch.equal(found, expected)
+
+
+def test_a_processor_that_holds_nothing_of_a_call_is_skipped():
+    pipe = make_pipeline()
+    pipe.unet.set_attn_processor({key: Weighed() for key in pipe.unet.attn_processors})
+    agentsd.apply_patch(pipe, preset="balanced")
+    image(pipe, steps=12)
+    assert agentsd.report(pipe).last["cached"] > 0
