@@ -15,7 +15,7 @@ SUPPORTED = (
 
 
 def denoiser_of(model: Any) -> nn.Module:
-    """The UNet or transformer of a pipeline, or the model itself; without what ``torch.compile`` puts around it.
+    """The UNet or transformer of a pipeline, or the model itself; without what torch and PEFT put around it.
 
     Raises:
         TypeError: ``model`` is neither.
@@ -23,6 +23,8 @@ def denoiser_of(model: Any) -> nn.Module:
     parts = (getattr(model, name, None) for name in ("unet", "transformer"))
     net = next((part for part in parts if part is not None), model)
     net = getattr(net, "_orig_mod", net)
+    if hasattr(net, "get_base_model"):  # of `peft.get_peft_model`
+        net = net.get_base_model()
     if not isinstance(net, nn.Module):
         raise TypeError(f"cannot patch a {type(model).__name__}: expected {SUPPORTED}.")
     return net

@@ -46,9 +46,16 @@ class Wrap:
         self._class_s = type(module).forward  # now: in a graph, classes that diffusers allows there have no attributes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], nn.Module):  # accelerate has bound it to the module, as if it were a function
+            args = args[1:]
         # a partial function: of a method that is made in a graph, the compiler of PyTorch 2.6 knows nothing
         forward = self._inner if self._inner is not None else functools.partial(self._class_s, self._module())
         return forward(*args, **kwargs) if self.around is None else self.around(forward, *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What it stands in for, so that signatures are found, and others' wrappers below it."""
+        return self._inner if self._inner is not None else types.MethodType(self._class_s, self._module())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"around": self.around, "module": self._module(), "inner": self._inner}
@@ -60,13 +67,14 @@ class Wrap:
     def undo(self, module: nn.Module) -> None:
         """Leave ``module`` as it was; where others have wrapped it since, they keep what was there before, too."""
         self.around = None
-        before = self._inner if self._inner is not None else types.MethodType(self._class_s, module)
+        before = self.__wrapped__
         if vars(module).get("forward") is self and self._inner is None:
             del module.forward
         hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
         for holder in (module, *hooks):
-            for name in ("forward", "_old_forward", "original_forward"):  # accelerate's and diffusers' names
-                if vars(holder).get(name) is self:
+            for name in ("forward", "_old_forward", "_original_forward", "original_forward"):  # accelerate, diffusers
+                found = vars(holder).get(name)
+                if found is self or getattr(found, "__func__", None) is self:
                     setattr(holder, name, before)
 
 

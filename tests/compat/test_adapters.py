@@ -10,7 +10,7 @@ from checks import check
 from conftest import TEXT_CHANNELS
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from zoo_transformers import MODELS, TRANSFORMERS
 
 import agentsd
@@ -22,6 +22,14 @@ LORA = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init
 def lora(pipe, run):
     torch.manual_seed(5)
     denoiser_of(pipe).add_adapter(LORA, "style")
+    return run
+
+
+def lora_of_peft(pipe, run):
+    """As training scripts have it: PEFT's model stands where the denoiser stood."""
+    torch.manual_seed(5)
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    setattr(pipe, name, get_peft_model(getattr(pipe, name), LORA))
     return run
 
 
@@ -114,6 +122,7 @@ ALL = tuple(MODELS)
 LORAS = ("UNet", "SD 3", "Flux")  # the other has no loader in diffusers
 FEATURES = {
     "LoRA": (lora, LORAS),
+    "LoRA, PEFT's model": (lora_of_peft, ALL),
     "LoRA, scaled": (lora_scaled, LORAS),
     "LoRA, fused": (lora_fused, LORAS),
     "LoRA, unfused": (lora_unfused, LORAS),
@@ -166,6 +175,16 @@ def test_after_the_patch(case):
     assert torch.equal(run_later(), expected)
     agentsd.remove_patch(later)
     assert torch.equal(run_later(), plain)
+
+
+def test_the_report_is_that_of_the_denoiser_within_peft_s_model():
+    reports = []
+    for feature in ("LoRA", "LoRA, PEFT's model"):
+        pipe, run = with_feature(feature, "UNet")
+        agentsd.apply_patch(pipe, preset="balanced", min_tokens=0)
+        run()
+        reports.append(str(agentsd.report(pipe)))
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize("case", sorted(STANDS_ASIDE), ids=": ".join)

@@ -1,10 +1,11 @@
 """Removal through any handle and after anything that happened to the UNet: it never raises, and leaves nothing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from conftest import image, make_pipeline, make_unet, unet_inputs
 from diffusers import StableDiffusionPipeline
@@ -12,6 +13,7 @@ from situations import SETTINGS, hooks_and_attributes, inputs_of, sweep
 from zoo import PIPELINES, make_controlnet, runner
 
 import agentsd
+from agentsd.wrapping import Wrap
 
 CONTROLLED = {"seed": 0, "patch_controlnet": True}
 
@@ -344,3 +346,28 @@ def test_removal_in_the_middle_of_a_call(name):
     assert unet(**unet_inputs(timestep=900)).sample.isfinite().all()
     handle.remove()
     assert torch.equal(outputs(unet), plain)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("first", ["prepared", "patched"])
+@pytest.mark.parametrize("name", sweep({**SETTINGS, "graphs": {}}, ["graphs", "balanced"]))
+def test_a_unet_that_accelerate_prepared_and_unwraps(name, first, keep):
+    """In mixed precision it wraps ``forward``, and may bind what it finds there to the model."""
+    settings = SETTINGS.get(name, {"ratio": 0, "cache_interval": 2, "cuda_graphs": True})
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    call = torch.no_grad()(lambda net: net(**unet_inputs()).sample)
+    plain = accelerator.unwrap_model(accelerator.prepare(make_unet()), keep_fp32_wrapper=keep)
+    expected, unet = call(plain), make_unet()
+    if first == "patched":
+        agentsd.apply_patch(unet, **settings)
+    prepared = accelerator.prepare(unet)
+    if first == "prepared":
+        agentsd.apply_patch(prepared, **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "agentsd replays no CUDA graph here")
+        call(prepared)
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=keep)
+        call(unwrapped)
+    agentsd.remove_patch(unwrapped)
+    assert torch.equal(call(unwrapped), expected)
+    assert not any(isinstance(value, Wrap) for value in vars(unwrapped).values())
