@@ -65,7 +65,7 @@ class Reuse:
             if moment.mixed:
                 self._warn("the samples of a call are at several timesteps")
             return Call()
-        track = self._track(moment, inputs.loop)
+        track = self._track(moment, inputs)
         if track.read_by:
             self._warn(f"{track.read_by} may look on at a layer that cached calls skip, or count its calls")
             return Call()
@@ -75,7 +75,8 @@ class Reuse:
                 "each follows. Give their samples in fewer, larger calls"
             )
         track.step_to(moment.call)
-        lane = track.lane(Condition.of(inputs), self._order, self.settings.cache_tolerance > 0, self._follows)
+        measures = self.settings.cache_tolerance > 0
+        lane = track.lane(Condition.of(inputs), inputs.sample, self._order, measures, self._follows)
         lane.begin()
         planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
@@ -100,10 +101,12 @@ class Reuse:
             # a graph of its own memory may write the next call's features where it wrote these
             call.lane.remember(call.features.clone() if call.borrowed else call.features)
 
-    def _track(self, moment: Moment, loop: Tensor | None) -> Track:
+    def _track(self, moment: Moment, inputs: Inputs) -> Track:
         tracks: list[Track] = self._now.tracks
-        for track in sorted(tracks, key=lambda track: track.loop() is not loop):  # a loop's own first
-            if track.may_be(moment.schedule, loop) and track.follows(moment):
+        loop, planned = inputs.loop, moment.calls is not None
+        mine = [t for t in tracks if t.may_be(moment.schedule, loop) and (planned or t.is_near(inputs.sample))]
+        for track in sorted(mine, key=lambda track: track.loop() is not loop):  # a loop's own first
+            if track.follows(moment):
                 track.loop = Weakly(loop)
                 return track
         begin = moment.call if moment.calls is not None else 0
@@ -113,7 +116,7 @@ class Reuse:
         else:
             pace = Table(self.settings, moment.calls, begin, not self.middle.lines)
         new = Track(moment.schedule, pace, moment.calls, moment.call, Weakly(loop), read_by=self._reader())
-        others = [track for track in tracks if not track.may_be(moment.schedule, loop) and not track.ended]
+        others = [track for track in tracks if track not in mine and not track.ended]
         tracks[:] = [*others[1 - MOST_TRACKS :], new]
         return new
 

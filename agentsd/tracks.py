@@ -11,12 +11,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from agentsd.control import Controller, Table
-from agentsd.features import Lane
+from agentsd.features import Lane, worst_error
 from agentsd.hosts import Inputs
 from agentsd.schedule import Moment
 from agentsd.wrapping import Weakly
 
 MOST_LANES = 4  # calls of one step; guidance makes two or three
+NEAR = 0.3  # of the size of latents: how far a step takes them at most, where no schedule says that it is one
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Condition:
         a, b = self.text, other.text
         if a.shape != b.shape or a.device != b.device:
             return False
-        return a.is_meta or isinstance(a, FakeTensor) or torch.equal(a, b)  # these have no values
+        return _has_no_values(a) or torch.equal(a, b)
 
 
 @dataclass(eq=False)
@@ -58,6 +59,7 @@ class Step(Lane):
     """A lane, and whose it is; and how its blocks' tokens were matched, in which part of the trajectory."""
 
     condition: Condition = field(kw_only=True)
+    latents: Tensor = field(kw_only=True)  # of its last call
     shapes: dict[str, Any] = field(default_factory=dict)
     used: bool = True  # in the present step
     matched: dict[int, Any] = field(default_factory=dict)
@@ -70,7 +72,7 @@ class Step(Lane):
         return self.matched
 
 
-@dataclass
+@dataclass(eq=False)
 class Track:
     """One trajectory under way: the calls of one image, one step after the other.
 
@@ -107,6 +109,11 @@ class Track:
             return moment.call >= self.call
         return moment.call in (self.call, self.call + 1)
 
+    def is_near(self, sample: Tensor) -> bool:
+        """Whether latents may be a step from those of the last calls, and not noise anew. It waits for the device."""
+        known = [lane.latents for lane in self.lanes if lane.latents.shape == sample.shape]
+        return not known or _has_no_values(sample) or min(_apart(sample, latents) for latents in known) <= NEAR
+
     @property
     def ended(self) -> bool:
         return self.calls is not None and self.call >= self.calls - 1
@@ -128,17 +135,30 @@ class Track:
         """Whether the call at this place of the trajectory is full."""
         return self.pace.full(place, (lane.error for lane in self.lanes if lane.error is not None))
 
-    def lane(self, condition: Condition, order: int, measures: bool, follows: bool) -> Step:
-        """The lane of the next call. One that nothing is known of is new, and its first call will be full."""
+    def lane(self, condition: Condition, sample: Tensor, order: int, measures: bool, follows: bool) -> Step:
+        """The lane of the next call. One that nothing is known of is new, and its first call will be full.
+
+        Where several are alike in all but their latents, these are compared, and the device is waited for.
+        """
         alike = [lane for lane in self.lanes if lane.condition.is_in_memory_of(condition)]
         alike = alike or [lane for lane in self.lanes if lane.condition.equals(condition)]
         free = [lane for lane in alike if not lane.used]
         if free and (len(alike) == 1 or self.steady):
-            free[0].used = True
-            return free[0]
+            told = len(free) > 1 and not _has_no_values(sample)
+            lane = min(free, key=lambda lane: _apart(sample, lane.latents)) if told else free[0]
+            lane.used, lane.latents = True, sample
+            return lane
         # they are not told apart, and may be another image's: a warm-up, or one that was interrupted
         self.lanes = [lane for lane in self.lanes if lane not in free]
         if len(self.lanes) == MOST_LANES:
             self.lanes, self.crowded = [], True
-        self.lanes.append(Step(order, measures=measures, follows=follows, condition=condition))
+        self.lanes.append(Step(order, measures=measures, follows=follows, condition=condition, latents=sample))
         return self.lanes[-1]
+
+
+def _has_no_values(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def _apart(sample: Tensor, before: Tensor) -> float:
+    return float(worst_error(before, sample))

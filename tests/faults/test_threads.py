@@ -141,14 +141,15 @@ def test_threads_leave_a_unet_that_can_be_unpatched(name):
 # One thread, and loops that take turns
 
 
-def user_loop(unet, user: int, steps: int = 6, kind: str = "DDIM"):
-    """One UNet call of an image, with a scheduler of its own, for each `next`."""
+def user_loop(unet, user: int, steps: int = 6, kind: str = "DDIM", given=lambda t: t, **others):
+    """One UNet call of an image, with a scheduler of its own, for each `next`. ``given`` is what it makes of t."""
     own = scheduler(kind)
     own.set_timesteps(steps)
-    inputs = inputs_of(user, batch=1)
+    inputs = inputs_of(user, batch=1) | others
     for t in own.timesteps:
         x = own.scale_model_input(inputs["sample"], t)
-        inputs["sample"] = own.step(unet(**{**inputs, "sample": x, "timestep": t}).sample, t, inputs["sample"])[0]
+        noise = unet(**{**inputs, "sample": x, "timestep": given(t)}).sample
+        inputs["sample"] = own.step(noise, t, inputs["sample"])[0]
         yield inputs["sample"]
 
 
@@ -160,8 +161,8 @@ ORDERS = {
 }
 
 
-def in_turns(unet, order, users, kinds=("DDIM", "DDIM")):
-    loops = [user_loop(unet, user, kind=kind) for user, kind in zip(users, kinds, strict=True)]
+def in_turns(unet, order, users, kinds=("DDIM", "DDIM"), **others):
+    loops = [user_loop(unet, user, kind=kind, **others) for user, kind in zip(users, kinds, strict=True)]
     found = [None, None]
     for which in order:
         found[which] = next(loops[which])
@@ -178,6 +179,26 @@ def test_nothing_of_one_loop_shows_in_the_other(name, order, through):
         pipe = make_pipeline()
         agentsd.apply_patch(pipe if through == "pipeline" else pipe.unet, **SETTINGS[name])
         found.append(in_turns(pipe.unet, order, (0, second))[0])
+    assert torch.equal(*found)
+
+
+GIVEN = {"an element": lambda t: t, "repeated": lambda t: t.repeat(1), "a number": int}
+
+
+@pytest.mark.parametrize("through", ["pipeline", "UNet"])
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("name", sweep(KEEPING, ["reuse"]))
+def test_nothing_of_a_loop_shows_in_another_of_the_same_prompt(name, given, order, through):
+    """Their latents alone tell them apart, where timesteps do not say whose schedule they are of."""
+    found = []
+    text = inputs_of(0, batch=1)["encoder_hidden_states"]
+    for second in (1, 2):
+        pipe = make_pipeline()
+        pipe.scheduler.set_timesteps(6)
+        agentsd.apply_patch(pipe if through == "pipeline" else pipe.unet, **SETTINGS[name])
+        shared = {"given": GIVEN[given], "encoder_hidden_states": text}
+        found.append(in_turns(pipe.unet, order, (0, second), **shared)[0])
     assert torch.equal(*found)
 
 

@@ -399,3 +399,19 @@ def test_an_img2img_pipeline_copied_midway():
     img2img(pipe, callback_on_step_end=copy_midway)
     twins[0].set_progress_bar_config(disable=True)
     assert torch.equal(img2img(twins[0]), expected)
+
+
+@pytest.mark.parametrize("through", ["pipeline", "UNet"])
+@pytest.mark.parametrize("name", ["reuse", "balanced", "adaptive"])
+@torch.no_grad()
+def test_calls_at_random_timesteps_are_full(name, through):
+    """As a loss of validation has them, or distillation of scores: of one prompt, with noise anew in each."""
+    pipe, plain = make_pipeline(), make_unet()
+    agentsd.apply_patch(pipe if through == "pipeline" else pipe.unet, **SETTINGS[name] | {"ratio": 0, "cache_cell": 1})
+    generator, inputs = torch.Generator().manual_seed(0), inputs_of(0)
+    scene = inputs["sample"].clone()
+    for _ in range(200):
+        inputs["timestep"] = torch.randint(20, 980, (1,), generator=generator)
+        noise = torch.randn(scene.shape, generator=generator)
+        inputs["sample"] = pipe.scheduler.add_noise(scene, noise, inputs["timestep"])
+        assert torch.equal(pipe.unet(**inputs).sample, plain(**inputs).sample)
