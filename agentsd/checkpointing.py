@@ -51,7 +51,7 @@ class RecordedPlans(Generic[Plan]):
         recorded = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or x.requires_grad)
         if not recorded or is_transformed():
             return coming
-        memory, which = x.untyped_storage(), (x.storage_offset(), x.shape, which)
+        memory, which = x.untyped_storage(), (int(x.storage_offset()), *map(int, x.shape), which)
         known: dict[Hashable, Plan | None] = self._plans.get(memory, {})
         if torch._C._current_graph_task_id() == -1:  # the id of the backward pass that is running
             self._plans[memory] = {**known, which: coming}

@@ -140,6 +140,8 @@ def test_it_does_with_controlnets_and_skipped_layers(kind, controlled, skipped):
     if "sd3" not in kind and skipped:
         return
     net, inputs = make_transformer(kind), transformer_inputs(kind)
+    if controlled and not residuals(kind).keys() <= inspect.signature(net.forward).parameters.keys():
+        pytest.skip("this version of diffusers has no ControlNets for it")
     plain = Trajectory(net, kind).call(0, inputs)
     inputs |= residuals(kind) if controlled else {}
     inputs |= {"skip_layers": list(skipped)} if skipped else {}
