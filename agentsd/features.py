@@ -26,6 +26,11 @@ class Arriving:
         return float(self._number)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything to read: not on the meta device, and not where a compiler plays through."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
 def worst_error(estimate: Tensor, features: Tensor) -> Tensor:
     """|estimate - features| / |features| of the worst sample: (B, ...) and (B, ...) -> ()."""
     exact = torch.promote_types(features.dtype, torch.float32)
@@ -93,8 +98,7 @@ class Lane:
         No line is drawn from the first call's: features move too fast there for a line to tell where they are heading
         (benchmarks/NOTES.md).
         """
-        has_values = not (features.is_meta or isinstance(features, FakeTensor))
-        known = self.measures and self.latest is not None and has_values
+        known = self.measures and self.latest is not None and has_values(features)
         self.error = Arriving(worst_error(self.estimate(), features)) if known else None
         if self.follows:
             self.slope = torch.zeros_like(features[0, :, :1]) if self.latest is None else secant(self.latest, features)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
 from types import FunctionType
 from typing import Any, cast
 
@@ -31,8 +30,8 @@ PLAIN_PROCESSORS = tuple(
     if hasattr(diffusers_processors, name)
 )
 
-# what a processor has that holds nothing of a call
-PLAIN = (bool, int, float, str, type(None), type, FunctionType, Tensor, nn.Module, torch.dtype, torch.device)
+# of what a processor has: these hold nothing of a call
+INERT = (bool, int, float, str, type(None), type, FunctionType, Tensor, nn.Module, torch.dtype, torch.device)
 
 
 def processor_of(attn: Any) -> Any:
@@ -49,10 +48,11 @@ def looks_on(processor: Any) -> bool:
     """
     if type(processor).__module__.startswith("diffusers.models."):
         return False
-    held = [value for name, value in getattr(processor, "__dict__", {}).items() if not name.startswith("_")]
-    several = [value for value in held if isinstance(value, list | tuple) and value]
-    single = [value for value in held if not (isinstance(value, list | tuple) and value)]
-    return hasattr(processor, "attention_probs") or not all(isinstance(x, PLAIN) for x in chain(single, *several))
+    for name, value in getattr(processor, "__dict__", {}).items():
+        parts = value if isinstance(value, list | tuple) and value else [value]  # an empty list is there to be filled
+        if name == "attention_probs" or not (name.startswith("_") or all(isinstance(part, INERT) for part in parts)):
+            return True
+    return False
 
 
 def keeper(layer: Any) -> str:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from agentsd.control import Controller, Table
-from agentsd.features import Lane, worst_error
+from agentsd.features import Lane, has_values, worst_error
 from agentsd.hosts import Inputs
 from agentsd.schedule import Moment
 from agentsd.wrapping import Weakly
@@ -51,7 +50,7 @@ class Condition:
         a, b = self.text, other.text
         if a.shape != b.shape or a.device != b.device:
             return False
-        return _has_no_values(a) or torch.equal(a, b)
+        return not has_values(a) or torch.equal(a, b)
 
 
 @dataclass(eq=False)
@@ -111,8 +110,9 @@ class Track:
 
     def is_near(self, sample: Tensor) -> bool:
         """Whether latents may be a step from those of the last calls, and not noise anew. It waits for the device."""
-        known = [lane.latents for lane in self.lanes if lane.latents.shape == sample.shape]
-        return not known or _has_no_values(sample) or min(_apart(sample, latents) for latents in known) <= NEAR
+        every = [lane.latents for lane in self.lanes]
+        known = [x for x in every if (x.shape, x.device) == (sample.shape, sample.device)]
+        return not known or not has_values(sample) or min(_apart(sample, latents) for latents in known) <= NEAR
 
     @property
     def ended(self) -> bool:
@@ -144,7 +144,7 @@ class Track:
         alike = alike or [lane for lane in self.lanes if lane.condition.equals(condition)]
         free = [lane for lane in alike if not lane.used]
         if free and (len(alike) == 1 or self.steady):
-            told = len(free) > 1 and not _has_no_values(sample)
+            told = len(free) > 1 and has_values(sample)
             lane = min(free, key=lambda lane: _apart(sample, lane.latents)) if told else free[0]
             lane.used, lane.latents = True, sample
             return lane
@@ -154,10 +154,6 @@ class Track:
             self.lanes, self.crowded = [], True
         self.lanes.append(Step(order, measures=measures, follows=follows, condition=condition, latents=sample))
         return self.lanes[-1]
-
-
-def _has_no_values(x: Tensor) -> bool:
-    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _apart(sample: Tensor, before: Tensor) -> float:
