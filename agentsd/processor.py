@@ -30,8 +30,9 @@ PLAIN_PROCESSORS = tuple(
     if hasattr(diffusers_processors, name)
 )
 
-# of what a processor has: these hold nothing of a call
-INERT = (bool, int, float, str, type(None), type, FunctionType, Tensor, nn.Module, torch.dtype, torch.device)
+# of what a processor has: these hold nothing of a call, and those that diffusers and modules have do not either
+INERT = (bool, int, float, str, type(None), type, FunctionType, nn.Module, torch.dtype, torch.device)
+USUAL = {"_attention_backend", "_parallel_config", *vars(nn.Module())}
 
 
 def processor_of(attn: Any) -> Any:
@@ -43,14 +44,14 @@ def processor_of(attn: Any) -> Any:
 def looks_on(processor: Any) -> bool:
     """Whether a processor may hold what it sees beyond a call, or count its calls.
 
-    Those of diffusers' models do not. Others may, where they have attention maps or an object that is no part of a
-    network: a store, a controller.
+    Those of diffusers' models do not. Others may, where they have attention maps, tensors that are no parameters, or
+    an object that is no part of a network: a store, a controller.
     """
     if type(processor).__module__.startswith("diffusers.models."):
         return False
     for name, value in getattr(processor, "__dict__", {}).items():
         parts = value if isinstance(value, list | tuple) and value else [value]  # an empty list is there to be filled
-        if name == "attention_probs" or not (name.startswith("_") or all(isinstance(part, INERT) for part in parts)):
+        if name == "attention_probs" or not (name in USUAL or all(isinstance(part, INERT) for part in parts)):
             return True
     return False
 

@@ -277,32 +277,49 @@ class Controlled:
         return attn.to_out[1](attn.to_out[0](x))
 
 
-class Weighed(Controlled):
+class Stored(Controlled):
+    """One that has the maps of all calls, and its controller under a name of its own."""
+
+    def __init__(self, controller: Counting) -> None:
+        self._controller, self.kept = controller, []
+
+    @property
+    def controller(self) -> Counting:
+        return self._controller
+
+    def __call__(self, attn, hidden_states, *others, **named):
+        self.kept.append(hidden_states.mean())
+        return super().__call__(attn, hidden_states, *others, **named)
+
+
+class Weighed(torch.nn.Module):
     """One that holds nothing of a call."""
 
     def __init__(self) -> None:
-        self.scales, self.weight, self.layer = [1.0, 0.5], torch.ones(3), torch.nn.Linear(2, 2)
-        self.controller = None
+        super().__init__()
+        self.scales, self.layer, self.width = [1.0, 0.5], torch.nn.Linear(2, 2), None
+        self.register_buffer("weight", torch.ones(3))
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+    def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
+@pytest.mark.parametrize("kind", [Controlled, Stored])
 @pytest.mark.parametrize("name", sweep(SETTINGS, ["agents", "balanced"]))
-def test_a_controller_sees_every_step_and_every_map(name):
+def test_a_controller_sees_every_step_and_every_map(name, kind):
     """Of its layers nothing is merged and nothing skipped, and it is said."""
     seen = []
     for settings in (None, SETTINGS[name]):
         pipe = make_pipeline()
         controller = Counting(len(pipe.unet.attn_processors))
-        pipe.unet.set_attn_processor({key: Controlled(controller) for key in pipe.unet.attn_processors})
+        pipe.unet.set_attn_processor({key: kind(controller) for key in pipe.unet.attn_processors})
         if settings is None:
             expected = image(pipe, steps=12)
         else:
             agentsd.apply_patch(pipe, **settings | ATTENTION)
             with warned() as messages:
                 found = image(pipe, steps=12)
-            assert any("Controlled" in message for message in messages)
+            assert any(kind.__name__ in message for message in messages)
         seen.append((controller.step, controller.maps))
     assert seen[0] == seen[1] and seen[0][0] == 12
     assert torch.equal(found, expected)
