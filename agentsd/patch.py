@@ -67,7 +67,10 @@ class Patch:
             net.register_forward_hook(self._after_call, always_call=True),
         ]
         self._patched = []
+        in_full_calls = self.settings.ratio > 0 or self.settings.sample_kv
         for block in self.blocks:
+            if not (in_full_calls or self.outermost[block.index]):  # cached calls skip it
+                continue
             module = net.get_submodule(block.site.name)
             self._patched += [(module.get_submodule(layer), block) for layer in block.site.layers]
             self._handles += block.attach(module)

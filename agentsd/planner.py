@@ -169,7 +169,7 @@ class Call:
         features: what stands for the middle in a cached call, or is to be remembered of a full one.
         lane: where they come from, and go to.
         begins: whether it is the first of its trajectory.
-        shapes: by the name of a module of the middle, what its output looks like.
+        shapes: of the modules of the middle, by name or class, what their outputs look like.
         entered: the input of the middle, where the features are what it adds to that.
         writes: whether outputs of the middle may be written into.
         borrowed: whether the features are in memory that a graph will write into again.

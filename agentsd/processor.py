@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
-from types import FunctionType
+from enum import Enum
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -31,7 +33,7 @@ PLAIN_PROCESSORS = tuple(
 )
 
 # of what a processor has: these hold nothing of a call, and those that diffusers and modules have do not either
-INERT = (bool, int, float, str, type(None), type, FunctionType, nn.Module, torch.dtype, torch.device)
+INERT = (Number, str, Enum, type(None), type, FunctionType, BuiltinFunctionType, nn.Module, torch.dtype, torch.device)
 USUAL = {"_attention_backend", "_parallel_config", *vars(nn.Module())}
 
 
@@ -50,7 +52,8 @@ def looks_on(processor: Any) -> bool:
     if type(processor).__module__.startswith("diffusers.models."):
         return False
     for name, value in getattr(processor, "__dict__", {}).items():
-        parts = value if isinstance(value, list | tuple) and value else [value]  # an empty list is there to be filled
+        several = isinstance(value, list | tuple | dict) and len(value)  # what is empty is there to be filled
+        parts = (value.values() if isinstance(value, dict) else value) if several else [value]
         if name == "attention_probs" or not (name in USUAL or all(isinstance(part, INERT) for part in parts)):
             return True
     return False
@@ -61,14 +64,25 @@ def keeper(layer: Any) -> str:
 
     What is made of merged tokens fits no other call: each has an order of its own. accelerate and compilers keep none.
     """
+    hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", None)
+    return ", ".join(hooks) if hooks and _replaced(layer) is not None else watcher(layer)
+
+
+def watcher(layer: Any) -> str:
+    """Who looks on at every call of the layer, by its processor or in the place of its ``forward``; hooks do not."""
     if looks_on(processor_of(layer)):
         return type(processor_of(layer)).__name__
+    forward = _replaced(layer)
+    if forward is None or getattr(getattr(layer, "_diffusers_hook", None), "hooks", None):
+        return ""
+    return getattr(forward, "__name__", type(forward).__name__)
+
+
+def _replaced(layer: Any) -> Any:
+    """What stands in the place of the layer's ``forward``."""
     forward = layer.__dict__.get("forward")  # vars() the compiler of PyTorch 2.6 does not know
     own = getattr(forward, "__func__", None) is type(layer).forward or hasattr(forward, "_torchdynamo_orig_callable")
-    if forward is None or own or hasattr(layer, "_hf_hook"):
-        return ""
-    hooks = getattr(getattr(layer, "_diffusers_hook", None), "hooks", None)
-    return ", ".join(hooks or [getattr(forward, "__name__", type(forward).__name__)])
+    return None if own or hasattr(layer, "_hf_hook") else forward
 
 
 def _has_extras(attn: Any) -> bool:

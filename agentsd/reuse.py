@@ -20,7 +20,7 @@ from agentsd.control import Controller, Table
 from agentsd.features import along
 from agentsd.hosts import Inputs, Middle
 from agentsd.planner import Call, Now
-from agentsd.processor import looks_on, processor_of
+from agentsd.processor import watcher
 from agentsd.schedule import Moment, interval_of
 from agentsd.settings import Settings
 from agentsd.tracks import MOST_LANES, Condition, Track
@@ -43,6 +43,7 @@ class Reuse:
         self._order = settings.cache_order if middle.lines else 0
         self._follows = settings.cache_order > 0 and not middle.lines
         self._net: Weakly[nn.Module] = Weakly(None)
+        self._keys: dict[str, str] = {}  # of each module of the middle, under which its shapes are known
         self._full = 0  # calls in a row
         self._warned = False
 
@@ -57,7 +58,10 @@ class Reuse:
         if middle.reader:
             answers[middle.reader] = self._reads
         modules = {name: net.get_submodule(name) for name in answers}
-        return [(module, wrap(module, partial(answers[name], name))) for name, module in modules.items()]
+        # blocks of a transformer that are alike give alike, and have one graph where each is compiled by itself
+        alike = middle.unread if middle.reader else ()
+        self._keys = {name: type(modules[name]).__name__ if name in alike else name for name in modules}
+        return [(module, wrap(module, partial(answers[name], self._keys[name]))) for name, module in modules.items()]
 
     def before_call(self, moment: Moment, inputs: Inputs) -> Call:
         """Decide on the call at ``moment``. Calls of a trajectory that cannot be told from another's are full."""
@@ -76,13 +80,14 @@ class Reuse:
             )
         track.step_to(moment.call)
         measures = self.settings.cache_tolerance > 0
-        lane = track.lane(Condition.of(inputs), inputs.sample, self._order, measures, self._follows)
+        sample = inputs.sample if moment.calls is not None else inputs.sample.clone()  # a loop may write into its own
+        lane = track.lane(Condition.of(inputs), sample, self._order, measures, self._follows)
         lane.begin()
         planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
         lane.due = lane.due or not cached
         self._count(full=not cached)
-        shapes = lane.shapes if lane.shapes else dict.fromkeys((*self.middle.unread, self.middle.last))
+        shapes = lane.shapes if lane.shapes else dict.fromkeys(self._keys.values())
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
         # guidance may make another call in the same step, and loops that their text tells have each a track of its own
@@ -121,10 +126,10 @@ class Reuse:
         return new
 
     def _reader(self) -> str:
-        """A processor in the middle that looks on, as that of self-attention guidance."""
+        """Who looks on at attention in the middle, as self-attention guidance does."""
         modules = net.named_modules() if (net := self._net()) is not None else ()
         held = (m for name, m in modules if hasattr(m, "processor") and self.middle.holds(name))
-        return next((type(processor_of(m)).__name__ for m in held if looks_on(processor_of(m))), "")
+        return next(filter(None, map(watcher, held)), "")
 
     def _count(self, full: bool) -> None:
         self._full = self._full + 1 if full else 0
@@ -137,32 +142,32 @@ class Reuse:
             what = "reuses no features" if self.settings.reuses else "keeps no matching"
             warnings.warn(f"agentsd {what}: {why}.", stacklevel=2)
 
-    def _unread(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _unread(self, key: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._now.call
         if call is None or call.shapes is None:
             return forward(*args, **kwargs)
         if self.middle.reader and call.entered is None:
             call.entered = args[0] if args else kwargs["hidden_states"]
         if call.cached:
-            return _blank(call.shapes[name], call)
+            return _blank(call.shapes[key], call)
         output = forward(*args, **kwargs)
-        call.shapes[name] = _shapes(output)
+        call.shapes[key] = _shapes(output)
         return output
 
-    def _last(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _last(self, key: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._now.call
         if call is None or call.shapes is None:
             return forward(*args, **kwargs)
         if call.cached:
-            return (call.features,) if call.shapes[name] else call.features
+            return (call.features,) if call.shapes[key] else call.features
         output = forward(*args, **kwargs)
-        call.shapes[name] = isinstance(output, tuple)  # a transformer gives its features in a tuple
-        features = (output[0] if call.shapes[name] else output).detach()
+        call.shapes[key] = isinstance(output, tuple)  # a transformer gives its features in a tuple
+        features = (output[0] if call.shapes[key] else output).detach()
         call.borrowed = torch.compiler.is_compiling()
         call.features = features if call.borrowed and not call.writes else features.clone()
         return output
 
-    def _reads(self, name: str, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _reads(self, key: str, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Of a sum: the features are kept in float32, since half precision would lose them beside what they add to."""
         call = self._now.call
         if call is None or call.shapes is None or call.entered is None:

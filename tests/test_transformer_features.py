@@ -17,6 +17,7 @@ WAYS = {
     "merged": {"ratio": 0.6, "agent_steps": 0.0},
 }
 KINDS = ("sd35", "flux", "pixart")
+LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
 
 
 @pytest.fixture(params=sweep(("reuse", "agents"), ("sampled", "merged")))
@@ -42,6 +43,34 @@ def test_a_copy_has_a_patch_of_its_own(kind, way):
     for found, known in zip(twin.run(inputs), expected, strict=True):
         assert torch.equal(found[0], known[0])
     agentsd.remove_patch(pickle.loads(pickle.dumps(twin.transformer)))
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+@pytest.mark.parametrize("preset", ["quality", "balanced"])
+@torch._dynamo.config.patch(LIMIT, 32)
+def test_blocks_compiled_one_by_one_have_graphs_for_each_kind_of_block_and_call(kind, preset):
+    """However many blocks there are."""
+    layers = {"num_layers": 20} | ({"num_single_layers": 21} if kind == "flux" else {})
+    pipe, inputs, graphs = Trajectory(make_transformer(kind, **layers), kind), transformer_inputs(kind), []
+
+    def counted(module, _):
+        graphs.append(module)
+        return module.forward
+
+    agentsd.apply_patch(pipe, preset=preset, seed=0)
+    expected = pipe.run(inputs)
+    try:
+        pipe.transformer.compile_repeated_blocks(backend=counted, fullgraph=True)
+        found = pipe.run(inputs)
+    except (ValueError, torch._dynamo.exc.TorchDynamoException) as error:
+        agentsd.remove_patch(pipe)
+        with pytest.raises(type(error)):
+            pipe.transformer.compile_repeated_blocks(backend=counted, fullgraph=True)
+            pipe.run(inputs)
+        pytest.skip("this version of diffusers does not compile its blocks without the patch, either")
+    for (a,), (b,) in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert 2 <= len(graphs) <= 16
 
 
 def test_no_graph_breaks(kind, way):

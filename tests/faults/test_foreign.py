@@ -1,5 +1,8 @@
 """Self-attention that somebody else feeds or caches: its effect stays, and the patch keeps out of its way."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from conftest import image, make_pipeline, make_unet, unet_inputs
@@ -298,6 +301,7 @@ class Weighed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scales, self.layer, self.width = [1.0, 0.5], torch.nn.Linear(2, 2), None
+        self.options, self.attend = {"scale": np.float32(1)}, torch.nn.functional.scaled_dot_product_attention
         self.register_buffer("weight", torch.ones(3))
 
     def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
@@ -323,6 +327,19 @@ def test_a_controller_sees_every_step_and_every_map(name, kind):
         seen.append((controller.step, controller.maps))
     assert seen[0] == seen[1] and seen[0][0] == 12
     assert torch.equal(found, expected)
+
+
+def test_a_controller_in_the_place_of_a_forward_sees_every_step():
+    """As prompt-to-prompt's own code has it."""
+    pipe = make_pipeline()
+    layers = [m for m in pipe.unet.modules() if hasattr(m, "processor")]
+    controller = Counting(len(layers))
+    for layer in layers:
+        layer.forward = partial(Controlled(controller), layer)
+    agentsd.apply_patch(pipe, preset="balanced")
+    with warned() as messages:
+        image(pipe, steps=12)
+    assert controller.step == 12 and any("partial may look on" in message for message in messages)
 
 
 def test_a_processor_that_holds_nothing_of_a_call_is_skipped():

@@ -409,9 +409,9 @@ def test_calls_at_random_timesteps_are_full(name, through):
     pipe, plain = make_pipeline(), make_unet()
     agentsd.apply_patch(pipe if through == "pipeline" else pipe.unet, **SETTINGS[name] | {"ratio": 0, "cache_cell": 1})
     generator, inputs = torch.Generator().manual_seed(0), inputs_of(0)
-    scene = inputs["sample"].clone()
+    scene = inputs["sample"].clone()  # and that is where each call's latents are written to
     for _ in range(200):
         inputs["timestep"] = torch.randint(20, 980, (1,), generator=generator)
         noise = torch.randn(scene.shape, generator=generator)
-        inputs["sample"] = pipe.scheduler.add_noise(scene, noise, inputs["timestep"])
+        inputs["sample"].copy_(pipe.scheduler.add_noise(scene, noise, inputs["timestep"]))
         assert torch.equal(pipe.unet(**inputs).sample, plain(**inputs).sample)
