@@ -19,6 +19,7 @@ from agentsd.merge import merge, unmerge
 from agentsd.planner import BlockPlan, Call, Matched, Now, Running
 from agentsd.processor import AgentAttnProcessor, keeper, possible
 from agentsd.settings import Settings
+from agentsd.wrapping import in_one_piece
 
 
 class PatchedBlock:
@@ -82,6 +83,7 @@ class PatchedBlock:
             self._now.call = under_way
         return output
 
+    @in_one_piece
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._leave()
         x, call, plan = args[0] if args else kwargs.get("hidden_states"), self._now.call, None
@@ -100,6 +102,7 @@ class PatchedBlock:
         kept = call.matched if call.lane is not None and not torch.compiler.is_compiling() else {}
         call.running = Running(plan, x, kept.setdefault(self.index, Matched()))
 
+    @in_one_piece
     def _leave(self, *_: Any) -> None:
         if self._now.call is not None:
             self._now.call.running = None

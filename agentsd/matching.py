@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 MOST_SIMILARITIES = 8  # for each number of the tokens
+ADDS_IN_ORDER = ("cpu", "mps")  # elsewhere `index_add_` rounds differently each time: no image is the same twice
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,13 @@ class Matching:
     Attributes:
         group: (B, N) the group of each token; groups of sample b are ``b * M .. (b + 1) * M - 1``.
         groups: M.
-        members: (B * N,) the tokens sorted by group.
-        starts: (B * M,) where among the members each group begins.
+        bags: (B * N,) the tokens sorted by group, and (B * M,) where among them each group begins; None where a
+            device needs no order of them to add them up in the same order each time.
     """
 
     group: Tensor
     groups: int
-    members: Tensor
-    starts: Tensor
+    bags: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,10 @@ class Edges:
         number = numbers.view(batch, groups)
         src = (self.nearest + number[:, :1]).scatter_(1, self.ranked[:, r:], number[:, num_dst:])
         group = torch.cat((number[:, :num_dst], src), dim=1).index_select(1, self.partition.inverse)
+        if group.device.type in ADDS_IN_ORDER:
+            return Matching(group, groups)
         in_order, members = group.flatten().sort(stable=True)
-        return Matching(group, groups, members, torch.searchsorted(in_order, numbers))
+        return Matching(group, groups, (members, torch.searchsorted(in_order, numbers)))
 
 
 def bipartite_soft_matching(x: Tensor, partition: Partition) -> Edges:

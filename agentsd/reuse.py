@@ -24,7 +24,7 @@ from agentsd.processor import watcher
 from agentsd.schedule import Moment, interval_of
 from agentsd.settings import Settings
 from agentsd.tracks import MOST_LANES, Condition, Track
-from agentsd.wrapping import Weakly, Wrap, wrap
+from agentsd.wrapping import Weakly, Wrap, never_first, wrap
 
 MOST_TRACKS = 4  # trajectories whose calls may come in turns, in each thread
 
@@ -44,6 +44,7 @@ class Reuse:
         self._follows = settings.cache_order > 0 and not middle.lines
         self._net: Weakly[nn.Module] = Weakly(None)
         self._keys: dict[str, str] = {}  # of each module of the middle, under which its shapes are known
+        self._wraps: list[tuple[nn.Module, Wrap]] = []
         self._full = 0  # calls in a row
         self._warned = False
 
@@ -58,13 +59,19 @@ class Reuse:
         if middle.reader:
             answers[middle.reader] = self._reads
         modules = {name: net.get_submodule(name) for name in answers}
-        # blocks of a transformer that are alike give alike, and have one graph where each is compiled by itself
+        # blocks of a transformer that are alike give alike: the fewer keys, the fewer guards has a graph
         alike = middle.unread if middle.reader else ()
         self._keys = {name: type(modules[name]).__name__ if name in alike else name for name in modules}
-        return [(module, wrap(module, partial(answers[name], self._keys[name]))) for name, module in modules.items()]
+        self._wraps = [
+            (module, wrap(module, partial(answers[name], self._keys[name]))) for name, module in modules.items()
+        ]
+        return self._wraps
 
     def before_call(self, moment: Moment, inputs: Inputs) -> Call:
         """Decide on the call at ``moment``. Calls of a trajectory that cannot be told from another's are full."""
+        for module, wrapped in self._wraps:
+            if module._compiled_call_impl is not None:
+                wrapped.before_graph(module, self._in_graph)
         if is_differentiated(inputs.sample) or moment.mixed:
             if moment.mixed:
                 self._warn("the samples of a call are at several timesteps")
@@ -142,6 +149,18 @@ class Reuse:
             what = "reuses no features" if self.settings.reuses else "keeps no matching"
             warnings.warn(f"agentsd {what}: {why}.", stacklevel=2)
 
+    def _in_graph(self, graph: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A full call of a module that is compiled by itself: it has been answered for before its graph."""
+        call = self._now.call
+        if call is None:
+            return graph(*args, **kwargs)
+        shapes, call.shapes = call.shapes, None
+        try:
+            return graph(*args, **kwargs)
+        finally:
+            call.shapes = shapes
+
+    @never_first
     def _unread(self, key: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._now.call
         if call is None or call.shapes is None:
@@ -154,6 +173,7 @@ class Reuse:
         call.shapes[key] = _shapes(output)
         return output
 
+    @never_first
     def _last(self, key: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._now.call
         if call is None or call.shapes is None:
@@ -167,6 +187,7 @@ class Reuse:
         call.features = features if call.borrowed and not call.writes else features.clone()
         return output
 
+    @never_first
     def _reads(self, key: str, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Of a sum: the features are kept in float32, since half precision would lose them beside what they add to."""
         call = self._now.call

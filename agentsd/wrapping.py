@@ -8,13 +8,37 @@ import sys
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import nn
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def never_first(function: Function) -> Function:
+    """Trace ``function`` where a graph leads through it, and never begin a graph with it.
+
+    Where modules are compiled by themselves, all that stands before them would count as a graph for each module and
+    each decision, of which compilers allow few.
+    """
+    skip = getattr(torch._dynamo.eval_frame, "skip_code", None)
+    if skip is not None:
+        skip(function.__code__)
+    return function
+
+
+def in_one_piece(function: Function) -> Function:
+    """Trace ``function`` where a graph leads through it, and leave it and all that it calls alone elsewhere."""
+    alone: Any = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+    @functools.wraps(function)
+    @never_first
+    def either(*args: Any) -> Any:
+        return function(*args) if torch.compiler.is_compiling() else alone(*args)
+
+    return cast(Function, either)
 
 
 class Weakly(Generic[T]):
@@ -45,12 +69,29 @@ class Wrap:
         self._inner: Callable[..., Any] | None = vars(module).get("forward")
         self._class_s = type(module).forward  # now: in a graph, classes that diffusers allows there have no attributes
 
+    def before_graph(self, module: nn.Module, inside: Callable[..., Any]) -> None:
+        """Stand before the graph of a ``module`` that is compiled by itself: ``inside(graph, ...)`` enters it.
+
+        In the graph, what each call decides anew would count as a graph more for each module and each decision, of
+        which compilers allow few.
+        """
+        graph: Any = module._compiled_call_impl
+        if self.around is not None and not isinstance(graph, BeforeGraph):
+            instead = functools.partial(self.around, functools.partial(inside, graph))
+            module._compiled_call_impl = BeforeGraph(graph, instead)
+
+    @never_first
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], nn.Module):  # accelerate has bound it to the module, as if it were a function
             args = args[1:]
-        # a partial function: of a method that is made in a graph, the compiler of PyTorch 2.6 knows nothing
-        forward = self._inner if self._inner is not None else functools.partial(self._class_s, self._module())
-        return forward(*args, **kwargs) if self.around is None else self.around(forward, *args, **kwargs)
+        return self.before(*args, **kwargs) if self.around is None else self.around(self.before, *args, **kwargs)
+
+    @never_first
+    def before(self, *args: Any, **kwargs: Any) -> Any:
+        """What it stands in for."""
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
+        return self._class_s(self._module(), *args, **kwargs)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -68,6 +109,8 @@ class Wrap:
         """Leave ``module`` as it was; where others have wrapped it since, they keep what was there before, too."""
         self.around = None
         before = self.__wrapped__
+        if isinstance(graph := module._compiled_call_impl, BeforeGraph):
+            module._compiled_call_impl = graph.graph
         if vars(module).get("forward") is self and self._inner is None:
             del module.forward
         hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
@@ -76,6 +119,17 @@ class Wrap:
                 found = vars(holder).get(name)
                 if found is self or getattr(found, "__func__", None) is self:
                     setattr(holder, name, before)
+
+
+class BeforeGraph:
+    """What is called in the place of a module's own graph."""
+
+    def __init__(self, graph: Callable[..., Any], instead: Callable[..., Any]) -> None:
+        self.graph = graph
+        self.instead = instead
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.instead(*args, **kwargs)
 
 
 def wrap(module: nn.Module, around: Callable[..., Any]) -> Wrap:

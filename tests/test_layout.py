@@ -47,7 +47,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "planner": "schedule settings matching features",
     "processor": "schedule attention planner",
     "joint": "schedule matching merge attention processor",
-    "block": "matching merge checkpointing settings hosts planner processor joint",
+    "block": "matching merge checkpointing settings hosts planner processor joint wrapping",
     "tracks": "schedule features control hosts wrapping",
     "reuse": "schedule checkpointing control features wrapping settings hosts planner processor tracks",
     "graphs": "",

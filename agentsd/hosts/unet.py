@@ -32,7 +32,7 @@ class UNet:
             return None
         adapted = named.get("down_intrablock_additional_residuals") is not None
         # FreeU scales what it finds, in place
-        scaled = any(getattr(block, "s1", None) for block in getattr(net, "up_blocks", ()))
+        scaled = any(vars(block).get("s1") for block in getattr(net, "up_blocks", ()))
         return Inputs(named["sample"], named["timestep"], named.get("encoder_hidden_states"), adapted or scaled)
 
     def sites(self, net: nn.Module) -> list[Site]:

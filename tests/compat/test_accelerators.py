@@ -69,6 +69,21 @@ def test_one_graph_a_phase_and_none_a_step(case):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_compiled_one_by_one_do_not_run_the_graph_of_one_that_is_left_alone(order):
+    """The outermost block samples keys in cached calls; in full calls all blocks of its kind are as they were."""
+    settings = {"cache_interval": 3, "cache_cell": 2, "ratio": 0}
+    expected = trajectory(agentsd.apply_patch(make_unet(), seed=0, **settings))
+    unet = make_unet()
+    for act in (HOW["compile_repeated_blocks"], lambda unet: agentsd.apply_patch(unet, seed=0, **settings))[
+        :: 1 if order == "after" else -1
+    ]:
+        act(unet)
+    torch.testing.assert_close(trajectory(unet), expected)
+    agentsd.apply_patch(unet, **settings | {"cache_cell": 1})
+    assert not torch.allclose(trajectory(unet), expected)
+
+
 @pytest.mark.parametrize("name", ["agents", "extrapolated"])
 def test_a_compiled_call_is_one_graph_and_three_operations_outside_of_it_at_most(name):
     """A device that waits for nobody: full and cached calls alike."""
