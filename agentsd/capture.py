@@ -121,11 +121,15 @@ class Capture:
 
     Attributes:
         captured: how many graphs were recorded.
+
+    Args:
+        skips: tells by its name a module that cached calls do not run.
     """
 
-    def __init__(self, now: Now) -> None:
+    def __init__(self, now: Now, skips: Callable[[str], bool]) -> None:
         self.captured = 0
         self._now = now
+        self._skips = skips
         self._lock = threading.RLock()
         self._warned: set[str] = set()
         self._changes = 0  # since a graph was last of use
@@ -133,24 +137,28 @@ class Capture:
         self.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Capture, (self._now,)
+        return Capture, (self._now, self._skips)
 
     def forget(self) -> None:
         """Free all graphs."""
         self._graphs: dict[Any, Graph | str] = {}  # or why there is none
         self._recorder: Any = None
-        self._state: State | None = None
+        self._states: dict[bool, State] = {}  # for cached calls that of the modules they run, which are few
 
-    def look_at(self, net: nn.Module) -> None:
+    def look_at(self, net: nn.Module, cached: bool) -> None:
         """Before a call: what was recorded is forgotten where it takes for granted what holds no longer."""
         with self._lock:
             self._net = weakref.ref(net)
-            if self._state is None or not self._state.holds(net):
+            if cached not in self._states or not self._states[cached].holds(net):
                 self.forget()
-                self._state, self._refused = State(net), refusal(net)
+                self._see(net)
+                self._refused = refusal(net)
                 self._changes += 1
                 if self._changes > MOST_CHANGES:
                     self._refused = "something in the denoiser changes in every call"
+
+    def _see(self, net: nn.Module) -> None:
+        self._states = {False: State(net, lambda name: False), True: State(net, self._skips)}
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._now.call
@@ -213,6 +221,6 @@ class Capture:
                 if isinstance(processor := getattr(module, "processor", None), AgentAttnProcessor):
                     processor.give_back(module, calls=2**31)
             return f"recording a {'cached' if call.cached else 'full'} call failed with {error!r:.300}"
-        self._state = State(net)  # a call may leave something else than it found
+        self._see(net)  # a call may leave something else than it found
         self.captured += 1
         return Graph(inputs, replay, shapes)

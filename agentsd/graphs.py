@@ -58,26 +58,28 @@ class State:
     """What graphs take for granted: modules, addresses of weights, hooks, processors and plain attributes.
 
     Compared in each call, so in dictionaries as they are. It holds neither the denoiser nor its patch.
+
+    Args:
+        skips: tells by its name a module that the graphs do not run.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, skips: Callable[[str], bool]) -> None:
         self._own = _own(net)
-        owners = [vars(module) for module in net.modules() if module is not net]
+        modules = [module for name, module in net.named_modules() if not skips(name)]
+        owners = [vars(module) for module in modules if module is not net]
         processors = [own["processor"] for own in owners if not isinstance(own.get("processor"), nn.Module | None)]
         owners += [vars(processor) for processor in processors if hasattr(processor, "__dict__")]
-        self._held: list[Any] = [
-            value
-            for own in (self._own, *owners)
-            for name, value in own.items()
-            if isinstance(value, dict | list) and (value or name in HOOKS)
-        ] + owners
+        held = [item for own in (self._own, *owners) for item in own.items() if isinstance(item[1], dict | list)]
+        self._empty = [value for name, value in held if name in HOOKS and not value]
+        self._held: list[Any] = [value for _, value in held if value] + owners
         self._copies = [value.copy() for value in self._held]
-        self._tensors = [*net.parameters(), *net.buffers()]
+        own = (module._parameters | module._buffers for module in modules)
+        self._tensors = [tensor for named in own for tensor in named.values() if tensor is not None]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def holds(self, net: nn.Module) -> bool:
         try:
-            same = self._own == _own(net) and self._held == self._copies
+            same = self._own == _own(net) and self._held == self._copies and not any(self._empty)
         except (RuntimeError, ValueError):  # another tensor, compared element by element
             return False
         return same and [tensor.data_ptr() for tensor in self._tensors] == self._addresses

@@ -59,7 +59,7 @@ class Patch:
         ]
         keeps = settings.reuses or settings.match_interval > 1
         self.reuse = Reuse(settings, self.middle, self._now) if keeps else None
-        self.capture = Capture(self._now) if settings.cuda_graphs else None
+        self.capture = Capture(self._now, self.middle.holds) if settings.cuda_graphs else None
 
     def attach(self, net: nn.Module) -> None:
         self._handles = [
@@ -137,7 +137,7 @@ class Patch:
         if call is not None:
             call.recomputed = torch._C._current_graph_task_id() != -1
         if self.capture is not None:
-            self.capture.look_at(net)
+            self.capture.look_at(net, coming.cached)
 
     def _locate(self, inputs: Inputs) -> Moment:
         """The moment of a call, where anything depends on it."""

@@ -142,16 +142,20 @@ def title(result: dict[str, Any]) -> str:
     return f"{settings['model']}, {settings['images']} images, {scheduler}{settings['steps']} steps, {where}"
 
 
+def show(rows: Rows, title: str) -> None:
+    """On the terminal, as wide as it is; in a file or a pipe, wide enough for all."""
+    table = Table(title=title)
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left", min_width=0 if i else 24, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
 def show_result(result: dict[str, Any], path: Path) -> None:
-    """On the terminal, as wide as it is; in a file or a pipe, wide enough for all. It was written to ``path``."""
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for heading, *rows in (rows_of(result), *([profile_rows(result)] if "profile" in result else [])):
-        table = Table(title=title(result))
-        for i, name in enumerate(heading):
-            table.add_column(name, justify="right" if i else "left", min_width=0 if i else 24, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    """It was written to ``path``."""
+    for rows in (rows_of(result), *([profile_rows(result)] if "profile" in result else [])):
+        show(rows, title(result))
     print(*result.get("notes", []), f"-> {path}", sep="\n")
 
 

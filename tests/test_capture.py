@@ -81,6 +81,22 @@ def test_weights_in_place_are_read_and_others_recorded_anew(recorded):
     assert torch.equal(unet(**inputs).sample, plain(**inputs).sample) and captured(unet) == 2
 
 
+@pytest.mark.parametrize("where", ["mid_block.resnets.0.conv1", "conv_out"])
+def test_weights_that_change_between_calls_of_an_image(recorded, where):
+    """A cached call looks at the modules that it runs alone: those that it skips, the next full call sees."""
+    graphed, plain = (agentsd.apply_patch(make_unet(), 0, cache_interval=3, cuda_graphs=on) for on in (True, False))
+    timesteps, recorded_at = torch.arange(900, 0, -100), []
+    for call, timestep in enumerate(timesteps):
+        if call == 5:
+            for unet in (graphed, plain):
+                module = unet.get_submodule(where)
+                module.weight = torch.nn.Parameter(module.weight * 2)
+        before, inputs = captured(graphed), unet_inputs(timestep=timestep)
+        assert torch.equal(graphed(**inputs).sample, plain(**inputs).sample)
+        recorded_at += [call] * (captured(graphed) - before)
+    assert recorded_at == ([0, 1, 6, 7] if where.startswith("mid_block") else [0, 1, 5, 6])
+
+
 def test_undo_and_copies(recorded):
     unet, inputs = make_unet(), unet_inputs()
     before = sorted(vars(unet))

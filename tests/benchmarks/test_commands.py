@@ -11,6 +11,7 @@ from running import BENCHMARKS, run
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
+        ("host.py", ["--methods", "magic"], "magic"),
         ("latency.py", ["--model", "no/such/model"], "no/such/model"),
         ("latency.py", ["--rounds", "0"], "--rounds: '0' is not allowed: expected a whole number, 1 or more"),
         ("latency.py", ["--size", "100"], "multiple of 64"),
@@ -45,6 +46,13 @@ def test_a_peer_that_is_not_installed_is_left_out_and_named(monkeypatch):
     assert "T-GATE" not in methods.chosen(None, [])
     with pytest.raises(ValueError, match="pip install tgate"):
         methods.chosen(["T-GATE"], [])
+
+
+def test_what_python_takes_of_calls_that_run_and_of_those_that_are_replayed():
+    result = run("host.py", "--steps", 4, "--rounds", 1, "--methods", "agentsd balanced")
+    assert result.returncode == 0
+    for name in ("unpatched", "agentsd balanced", "unpatched, recorded", "agentsd balanced, recorded"):
+        assert any(line.split("│")[1].strip() == name for line in result.stdout.splitlines() if "│" in line)
 
 
 def test_a_script_runs_by_its_path():
