@@ -22,10 +22,10 @@ def merge(x: Tensor, matching: Matching) -> Tensor:
 
 
 def sizes(matching: Matching) -> Tensor:
-    """How many tokens each group has, (B, M)."""
+    """How many tokens each group has, (B, M), in float32: not every device adds whole numbers."""
     group = matching.group.flatten()
-    none = group.new_zeros(len(matching.group) * matching.groups)
-    return none.index_add_(0, group, torch.ones_like(group)).view(-1, matching.groups)
+    none = group.new_zeros(len(matching.group) * matching.groups, dtype=torch.float32)
+    return none.index_add_(0, group, torch.ones_like(group, dtype=torch.float32)).view(-1, matching.groups)
 
 
 def unmerge(y: Tensor, matching: Matching) -> Tensor:

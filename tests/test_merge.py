@@ -38,7 +38,7 @@ def test_means_equal_a_plain_loop(adds, batch, height, width, share, data):
     assert (matching.bags is None) == adds
     merged = merge(x, matching)
     assert merged.shape == (batch, groups, 6)
-    assert torch.equal(sizes(matching).flatten(), matching.group.flatten().bincount())
+    assert torch.equal(sizes(matching).flatten().long(), matching.group.flatten().bincount())
     rows = x.reshape(batch * tokens, 6)
     for group in range(batch * groups):
         members = [rows[i] for i in range(batch * tokens) if matching.group.flatten()[i] == group]
