@@ -19,7 +19,7 @@ from agentsd.merge import merge, unmerge
 from agentsd.planner import BlockPlan, Call, Matched, Now, Running
 from agentsd.processor import AgentAttnProcessor, keeper, possible
 from agentsd.settings import Settings
-from agentsd.wrapping import in_one_piece
+from agentsd.wrapping import Wrap, in_one_piece, mark
 
 
 class PatchedBlock:
@@ -49,8 +49,8 @@ class PatchedBlock:
     processor = AgentAttnProcessor
     possible = staticmethod(possible)
 
-    def attach(self, block: Any) -> list[RemovableHandle]:
-        """Register the hooks; their handles undo it."""
+    def attach(self, block: Any) -> tuple[list[RemovableHandle], list[tuple[nn.Module, Wrap]]]:
+        """Register the hooks, and mark the layers that have some; what undoes it."""
         settings = self.settings
         samples = settings.sample_kv or settings.cached is not None
         layers = [
@@ -62,12 +62,14 @@ class PatchedBlock:
             block.register_forward_pre_hook(self._enter, with_kwargs=True),
             block.register_forward_hook(self._leave),
         ]
+        marks = []
         for layer, before, wanted in layers:
             if wanted:
+                marks += _marks(layer)
                 handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
                 # first, since hooks of others may keep what they see
                 handles.append(layer.register_forward_hook(self._unmerge, prepend=True))
-        return handles
+        return handles, marks
 
     def reset(self, attn: Any) -> None:
         """Leave nothing in the block's self-attention of calls that an error has cut off."""
@@ -196,15 +198,17 @@ class JointBlock(PatchedBlock):
     processor = JointAttnProcessor
     possible = staticmethod(possible_joint)
 
-    def attach(self, block: Any) -> list[RemovableHandle]:
+    def attach(self, block: Any) -> tuple[list[RemovableHandle], list[tuple[nn.Module, Wrap]]]:
         handles = [
             block.register_forward_pre_hook(self._enter, with_kwargs=True),
             block.register_forward_hook(self._leave),
         ]
+        marks = []
         for name, processor in self._processors.items():
-            before = partial(self._before_joint_attention, processor)
-            handles.append(block.get_submodule(name).register_forward_pre_hook(before, with_kwargs=True))
-        return handles
+            before, attn = partial(self._before_joint_attention, processor), block.get_submodule(name)
+            marks += _marks(attn)
+            handles.append(attn.register_forward_pre_hook(before, with_kwargs=True))
+        return handles, marks
 
     def _before_joint_attention(
         self, processor: AgentAttnProcessor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,3 +230,9 @@ class JointBlock(PatchedBlock):
             agents = self._agents(running) if counts.agents else None
         processor.take_over(attn, Part(before, running.plan.partition, matching, agents))
         return None
+
+
+def _marks(layer: nn.Module) -> list[tuple[nn.Module, Wrap]]:
+    """None where somebody has marked it by a ``forward`` of their own. PyTorch 2.6 cannot compile such a mark."""
+    traced = torch.__version__ >= "2.7"
+    return [(layer, mark(layer))] if traced and "forward" not in vars(layer) else []

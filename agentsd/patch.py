@@ -67,15 +67,16 @@ class Patch:
             net.register_forward_hook(self._after_call, always_call=True),
         ]
         self._patched: list[tuple[nn.Module, PatchedBlock]] = []
-        self._idle: list[tuple[PatchedBlock, nn.Module]] = []
+        self._wraps: list[tuple[nn.Module, Wrap]] = [*self.reuse.attach(net)] if self.reuse is not None else []
         in_full_calls = self.settings.ratio > 0 or self.settings.sample_kv
         for block in self.blocks:
+            if not (in_full_calls or self.outermost[block.index]):  # cached calls skip it
+                continue
             module = net.get_submodule(block.site.name)
-            if in_full_calls or self.outermost[block.index]:
-                self._attach(block, module)
-            else:  # cached calls skip it
-                self._idle.append((block, module))
-        self._wraps: list[tuple[nn.Module, Wrap]] = self.reuse.attach(net) if self.reuse is not None else []
+            self._patched += [(module.get_submodule(layer), block) for layer in block.site.layers]
+            handles, marks = block.attach(module)
+            self._handles += handles
+            self._wraps += marks
         if self.capture is not None:
             self._wraps.append((net, wrap(net, self.capture)))
         setattr(net, ATTRIBUTE, self)
@@ -83,18 +84,6 @@ class Patch:
         for other, patch in self.nets:
             if (alive := other()) is not None:
                 patch.attach(alive)
-
-    def _attach(self, block: PatchedBlock, module: nn.Module) -> None:
-        self._patched += [(module.get_submodule(layer), block) for layer in block.site.layers]
-        self._handles += block.attach(module)
-
-    def _attach_to_compiled(self) -> None:
-        """Blocks that are compiled by themselves share graphs, which do not notice that some of them have no hooks."""
-        if any(module._compiled_call_impl is not None for _, module in self._idle):
-            for block, module in self._idle:
-                self._attach(block, module)
-            self._idle = []
-            forget_graphs()
 
     def detach(self, net: nn.Module) -> None:
         """Never raises: modules may have been replaced since. In the middle of a call it waits for its end."""
@@ -126,7 +115,6 @@ class Patch:
                 "of its own, or use DistributedDataParallel or cache_interval=1."
             )
         self._end()  # of a call that was interrupted
-        self._attach_to_compiled()
         inputs = self.host.inputs(net, args, kwargs)
         if inputs is None:
             return

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from agentsd.attention import agent_attention
 from agentsd.planner import Now
 from agentsd.schedule import Counts
+from agentsd.wrapping import Wrap
 
 # What agent attention may stand in for: the processors that compute plain self-attention, each in its own way.
 PLAIN_PROCESSORS = tuple(
@@ -81,8 +82,8 @@ def watcher(layer: Any) -> str:
 def _replaced(layer: Any) -> Any:
     """What stands in the place of the layer's ``forward``."""
     forward = layer.__dict__.get("forward")  # vars() the compiler of PyTorch 2.6 does not know
-    own = getattr(forward, "__func__", None) is type(layer).forward or hasattr(forward, "_torchdynamo_orig_callable")
-    return None if own or hasattr(layer, "_hf_hook") else forward
+    own = getattr(forward, "__func__", None) in (type(layer).forward, Wrap.__call__)
+    return None if own or hasattr(forward, "_torchdynamo_orig_callable") or hasattr(layer, "_hf_hook") else forward
 
 
 def _has_extras(attn: Any) -> bool:

@@ -101,7 +101,7 @@ class Reuse:
         together = [
             other for other in self._now.tracks if (other.schedule, other.call) == (track.schedule, track.call)
         ]
-        begins = lane.calls == 0 and len(track.lanes) == len(together) == 1
+        begins, track.begun = not track.begun and len(together) == 1, True
         call = Call(cached, features=features, lane=lane, begins=begins, shapes=shapes, writes=inputs.writes)
         if self.settings.match_interval > 1:
             step = moment.step if moment.calls is not None else lane.calls

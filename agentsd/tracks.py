@@ -27,30 +27,35 @@ class Condition:
 
     kind: tuple[Any, ...]
     text: Tensor | None
+    version: int  # of the text, that a loop may write into
 
     @classmethod
     def of(cls, inputs: Inputs) -> Condition:
-        sample, kind = inputs.sample, inputs.sample.device.type
+        sample, text, kind = inputs.sample, inputs.text, inputs.sample.device.type
         cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if cast else sample.dtype
-        return cls((sample.shape, sample.dtype, dtype, sample.device, inputs.skipped), inputs.text)
+        version = 0 if text is None or text.is_inference() else text._version
+        return cls((sample.shape, sample.dtype, dtype, sample.device, inputs.skipped), text, version)
 
     def is_in_memory_of(self, other: Condition) -> bool:
-        a, b = self.text, other.text
-        if self.kind != other.kind or a is b or a is None or b is None:
-            return self.kind == other.kind and a is b
-        if a.shape != b.shape or a.dtype != b.dtype or a.storage_offset() != b.storage_offset():
-            return False
-        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+        return (self.kind, self.version) == (other.kind, other.version) and _one_memory(self.text, other.text)
 
     def equals(self, other: Condition) -> bool:
         """Whether it is the same. Values are read only where they are not in the same memory."""
-        if self.kind != other.kind or self.is_in_memory_of(other) or self.text is None or other.text is None:
-            return self.is_in_memory_of(other)
         a, b = self.text, other.text
+        if self.kind != other.kind or a is None or b is None or _one_memory(a, b):
+            return self.is_in_memory_of(other)
         if a.shape != b.shape or a.device != b.device:
             return False
         return not has_values(a) or torch.equal(a, b)
+
+
+def _one_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype or a.storage_offset() != b.storage_offset():
+        return False
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 @dataclass(eq=False)
@@ -84,6 +89,7 @@ class Track:
         lanes: the features of each of the calls that a step makes.
         read_by: what looks on at the middle, so that all calls are full.
         steady: whether the last two steps made as many calls.
+        begun: whether it had a call.
     """
 
     schedule: Hashable
@@ -93,6 +99,7 @@ class Track:
     loop: Weakly[Tensor] = field(default_factory=lambda: Weakly(None))
     lanes: list[Step] = field(default_factory=list)
     read_by: str = ""
+    begun: bool = False
     steady: bool = False
     crowded: bool = False
     before: int = 0  # calls of the step before

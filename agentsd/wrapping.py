@@ -58,13 +58,13 @@ class Weakly(Generic[T]):
 
 
 class Wrap:
-    """Has ``around(forward, ...)`` called for ``module.forward(...)``, until `undo`.
+    """Has ``around(forward, ...)`` called for ``module.forward(...)``, until `undo`; or is there, and no more.
 
     It holds the module weakly: a cycle would keep a denoiser in memory after its pipeline is deleted.
     """
 
-    def __init__(self, module: nn.Module, around: Callable[..., Any]) -> None:
-        self.around: Callable[..., Any] | None = around
+    def __init__(self, module: nn.Module, around: Callable[..., Any] | None) -> None:
+        self.around = around
         self._module = weakref.ref(module)
         self._inner: Callable[..., Any] | None = vars(module).get("forward")
         self._class_s = type(module).forward  # now: in a graph, classes that diffusers allows there have no attributes
@@ -111,14 +111,19 @@ class Wrap:
         before = self.__wrapped__
         if isinstance(graph := module._compiled_call_impl, BeforeGraph):
             module._compiled_call_impl = graph.graph
-        if vars(module).get("forward") is self and self._inner is None:
+        if self.is_in(vars(module).get("forward")) and self._inner is None:
             del module.forward
         hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
         for holder in (module, *hooks):
             for name in ("forward", "_old_forward", "_original_forward", "original_forward"):  # accelerate, diffusers
-                found = vars(holder).get(name)
-                if found is self or getattr(found, "__func__", None) is self:
+                if self.is_in(vars(holder).get(name)):
                     setattr(holder, name, before)
+
+    def is_in(self, forward: Any) -> bool:
+        """Whether a ``forward`` is this, a method of it, or this as a method of somebody else's."""
+        return any(
+            found is self for found in (forward, getattr(forward, "__self__", 0), getattr(forward, "__func__", 0))
+        )
 
 
 class BeforeGraph:
@@ -136,6 +141,16 @@ def wrap(module: nn.Module, around: Callable[..., Any]) -> Wrap:
     wrapped = Wrap(module, around)
     module.forward = wrapped
     return wrapped
+
+
+def mark(module: nn.Module) -> Wrap:
+    """Have compiled code tell a module with hooks from others like it, which it does not by hooks, until `Wrap.undo`.
+
+    Of modules that are marked one is like another: of a ``forward`` that is a method, compilers compare the function.
+    """
+    marked = Wrap(module, None)
+    module.forward = marked.__call__
+    return marked
 
 
 TRACED = (

@@ -45,7 +45,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "hosts.reused": "hosts.base hosts.transformer",
     "hosts": "hosts.base hosts.unet hosts.sd3 hosts.flux hosts.pixart hosts.reused",
     "planner": "schedule settings matching features",
-    "processor": "schedule attention planner",
+    "processor": "schedule attention planner wrapping",
     "joint": "schedule matching merge attention processor",
     "block": "matching merge checkpointing settings hosts planner processor joint wrapping",
     "tracks": "schedule features control hosts wrapping",

@@ -50,7 +50,7 @@ def test_a_copy_has_a_patch_of_its_own(kind, way):
 def test_blocks_compiled_one_by_one_have_graphs_for_each_kind_of_block_and_phase(kind, settings, order):
     """However many blocks there are, and at a second size, too: within the compiler's own limit of eight."""
     if "ratio" in settings and torch.__version__ < "2.7":
-        pytest.skip("this version of PyTorch tells processors by what they are: a graph for each block")
+        pytest.skip("this version of PyTorch tells processors apart: a graph for each block")
     layers = {"num_layers": 20} | ({"num_single_layers": 21} if kind == "flux" else {})
     pipe, graphs = Trajectory(make_transformer(kind, **layers), kind), []
     small, large = transformer_inputs(kind), transformer_inputs(kind, height=24)
@@ -80,7 +80,7 @@ def test_blocks_compiled_one_by_one_have_graphs_for_each_kind_of_block_and_phase
         pytest.skip("this version of diffusers does not compile its blocks without the patch, either")
     for (a,), (b,) in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    assert made <= 4 * phases
+    assert made <= 4 * phases + 1  # for the block whose keys cached calls sample
     agentsd.remove_patch(pipe)
     unpatched = pipe.run(small)
     pipe.transformer.compile_repeated_blocks(backend=counted, fullgraph=True)

@@ -27,7 +27,7 @@ HOW = {
     "compile_repeated_blocks": lambda unet: unet.compile_repeated_blocks(backend="eager", fullgraph=True) or unet,
 }
 
-
+marked = pytest.mark.skipif(torch.__version__ < "2.7", reason="this version of PyTorch does not compile the marks")
 SIZES = {"one level": {**ONE_LEVEL, "mid_block_type": "UNetMidBlock2DCrossAttn"}, "two levels": {}}
 ORDERS = ("before", "after")
 NOTICES = sweep(product(["one level"], ["torch.compile", "compile_repeated_blocks"]), product(["two levels"], HOW))
@@ -69,6 +69,7 @@ def test_one_graph_a_phase_and_none_a_step(case):
     assert not counters["graph_break"]
 
 
+@marked
 @pytest.mark.parametrize("order", ORDERS)
 def test_blocks_compiled_one_by_one_do_not_run_the_graph_of_one_that_is_left_alone(order):
     """The outermost block samples keys in cached calls; in full calls all blocks of its kind are as they were."""
@@ -82,6 +83,31 @@ def test_blocks_compiled_one_by_one_do_not_run_the_graph_of_one_that_is_left_alo
     torch.testing.assert_close(trajectory(unet), expected)
     agentsd.apply_patch(unet, **settings | {"cache_cell": 1})
     assert not torch.allclose(trajectory(unet), expected)
+
+
+@marked
+@pytest.mark.parametrize("settings", [{"ratio": 0.5}, {"preset": "balanced"}, {"preset": "balanced", "ratio": 0.5}])
+@pytest.mark.parametrize("how", sweep(["compile in place", "compile_repeated_blocks"], ["torch.compile"]))
+def test_no_graph_of_an_unpatched_twin_is_taken(how, settings):
+    """Compilers look for graphs by the code, and one with hooks fits any module that has the same weights and none."""
+    expected = trajectory(agentsd.apply_patch(make_unet(), seed=0, **settings))
+    plain = trajectory(make_unet())
+    twin, unet = HOW[how](make_unet()), HOW[how](make_unet())
+    agentsd.apply_patch(unet, seed=0, **settings)
+    for _ in range(2):
+        torch.testing.assert_close(trajectory(twin), plain)
+        torch.testing.assert_close(trajectory(unet), expected)
+
+
+@marked
+def test_no_graph_of_another_level_is_taken():
+    """Where levels are as wide, those that are left alone have the very graphs of those that are patched."""
+    wide = {"block_out_channels": (16, 16), "attention_head_dim": 4}
+    expected = trajectory(agentsd.apply_patch(make_unet(**wide), seed=0))
+    unet = HOW["compile_repeated_blocks"](make_unet(**wide))
+    agentsd.apply_patch(unet, seed=0)
+    for _ in range(2):
+        torch.testing.assert_close(trajectory(unet), expected)
 
 
 @pytest.mark.parametrize("name", ["agents", "extrapolated"])

@@ -9,7 +9,7 @@ from itertools import product
 import diffusers
 import pytest
 import torch
-from conftest import embeddings, image, make_img2img, make_pipeline, make_unet
+from conftest import embeddings, image, make_img2img, make_pipeline, make_unet, unet_inputs
 from situations import (
     KEEPING,
     MAIN,
@@ -415,3 +415,37 @@ def test_calls_at_random_timesteps_are_full(name, through):
         noise = torch.randn(scene.shape, generator=generator)
         inputs["sample"].copy_(pipe.scheduler.add_noise(scene, noise, inputs["timestep"]))
         assert torch.equal(pipe.unet(**inputs).sample, plain(**inputs).sample)
+
+
+def calls_of(unet, inputs, timesteps) -> list[torch.Tensor]:
+    return [unet(**{**inputs, "timestep": t}).sample for t in timesteps]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_text_that_changes_within_an_image(in_place):
+    """The features are of another prompt from then on, be it in the memory of the first."""
+    pipe, inputs = make_pipeline(), unet_inputs()
+    pipe.scheduler.set_timesteps(6)
+    first, *rest = pipe.scheduler.timesteps
+    other = {**inputs, "encoder_hidden_states": -inputs["encoder_hidden_states"]}
+    expected = calls_of(pipe.unet, other, rest[:1])
+    agentsd.apply_patch(pipe, 0, cache_interval=3)
+    text = inputs["encoder_hidden_states"].clone()
+    calls_of(pipe.unet, {**inputs, "encoder_hidden_states": text}, [first])
+    text = text.neg_() if in_place else other["encoder_hidden_states"]
+    found = calls_of(pipe.unet, {**inputs, "encoder_hidden_states": text}, rest)
+    assert torch.equal(found[0], expected[0]) and agentsd.report(pipe).last == {"full": 3, "cached": 3}
+
+
+@pytest.mark.filterwarnings("ignore:agentsd reuses no features")
+@pytest.mark.parametrize("views", [1, 2, 3, 6])
+def test_the_report_counts_all_calls_of_an_image(views):
+    """As a panorama makes them, several of one prompt in a step."""
+    pipe = make_pipeline()
+    pipe.scheduler.set_timesteps(8)
+    each = [unet_inputs() | {"sample": torch.randn(2, 4, 16, 16)} for _ in range(views)]
+    agentsd.apply_patch(pipe, 0, cache_interval=3)
+    for t in pipe.scheduler.timesteps:
+        for inputs in each:
+            pipe.unet(**{**inputs, "timestep": t})
+    assert sum(agentsd.report(pipe).last.values()) == 8 * views
