@@ -233,6 +233,6 @@ class JointBlock(PatchedBlock):
 
 
 def _marks(layer: nn.Module) -> list[tuple[nn.Module, Wrap]]:
-    """None where somebody has marked it by a ``forward`` of their own. PyTorch 2.6 cannot compile such a mark."""
-    traced = torch.__version__ >= "2.7"
+    """None where somebody has marked it by a ``forward`` of their own. PyTorch before 2.9 compiles no such mark."""
+    traced = torch.__version__ >= "2.9"
     return [(layer, mark(layer))] if traced and "forward" not in vars(layer) else []

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from enum import Enum
 from numbers import Number
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -82,8 +82,10 @@ def watcher(layer: Any) -> str:
 def _replaced(layer: Any) -> Any:
     """What stands in the place of the layer's ``forward``."""
     forward = layer.__dict__.get("forward")  # vars() the compiler of PyTorch 2.6 does not know
-    own = getattr(forward, "__func__", None) in (type(layer).forward, Wrap.__call__)
-    return None if own or hasattr(forward, "_torchdynamo_orig_callable") or hasattr(layer, "_hf_hook") else forward
+    own = hasattr(forward, "_torchdynamo_orig_callable") or hasattr(layer, "_hf_hook")
+    if isinstance(forward, MethodType):  # of the layer itself, or a mark
+        own = own or forward.__func__ is type(layer).forward or isinstance(forward.__self__, Wrap)
+    return None if own else forward
 
 
 def _has_extras(attn: Any) -> bool:

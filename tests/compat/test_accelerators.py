@@ -27,7 +27,7 @@ HOW = {
     "compile_repeated_blocks": lambda unet: unet.compile_repeated_blocks(backend="eager", fullgraph=True) or unet,
 }
 
-marked = pytest.mark.skipif(torch.__version__ < "2.7", reason="this version of PyTorch does not compile the marks")
+marked = pytest.mark.skipif(torch.__version__ < "2.9", reason="this version of PyTorch does not compile the marks")
 SIZES = {"one level": {**ONE_LEVEL, "mid_block_type": "UNetMidBlock2DCrossAttn"}, "two levels": {}}
 ORDERS = ("before", "after")
 NOTICES = sweep(product(["one level"], ["torch.compile", "compile_repeated_blocks"]), product(["two levels"], HOW))
