@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -51,25 +52,29 @@ class PatchedBlock:
 
     def attach(self, block: Any) -> tuple[list[RemovableHandle], list[tuple[nn.Module, Wrap]]]:
         """Register the hooks, and mark the layers that have some; what undoes it."""
-        settings = self.settings
-        samples = settings.sample_kv or settings.cached is not None
-        layers = [
-            (block.attn1, self._before_self_attention, settings.merge_attn or samples),
-            (block.attn2, self._before_layer, settings.merge_crossattn and block.attn2 is not None),
-            (block.ff, self._before_layer, settings.merge_mlp),
-        ]
         handles = [
             block.register_forward_pre_hook(self._enter, with_kwargs=True),
             block.register_forward_hook(self._leave),
         ]
         marks = []
-        for layer, before, wanted in layers:
-            if wanted:
-                marks += _marks(layer)
-                handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-                # first, since hooks of others may keep what they see
+        for layer, before in self._layers(block):
+            # PyTorch before 2.9 compiles no mark, and a forward of somebody else's is one
+            if torch.__version__ >= "2.9" and "forward" not in vars(layer):
+                marks.append((layer, mark(layer)))
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            if not self.site.joint:  # first, since hooks of others may keep what they see
                 handles.append(layer.register_forward_hook(self._unmerge, prepend=True))
         return handles, marks
+
+    def _layers(self, block: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """Those that do something else than without a patch, and the hook before each."""
+        settings = self.settings
+        if settings.merge_attn or settings.sample_kv or settings.cached is not None:
+            yield block.attn1, self._before_self_attention
+        if settings.merge_crossattn and block.attn2 is not None:
+            yield block.attn2, self._before_layer
+        if settings.merge_mlp:
+            yield block.ff, self._before_layer
 
     def reset(self, attn: Any) -> None:
         """Leave nothing in the block's self-attention of calls that an error has cut off."""
@@ -198,17 +203,9 @@ class JointBlock(PatchedBlock):
     processor = JointAttnProcessor
     possible = staticmethod(possible_joint)
 
-    def attach(self, block: Any) -> tuple[list[RemovableHandle], list[tuple[nn.Module, Wrap]]]:
-        handles = [
-            block.register_forward_pre_hook(self._enter, with_kwargs=True),
-            block.register_forward_hook(self._leave),
-        ]
-        marks = []
+    def _layers(self, block: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         for name, processor in self._processors.items():
-            before, attn = partial(self._before_joint_attention, processor), block.get_submodule(name)
-            marks += _marks(attn)
-            handles.append(attn.register_forward_pre_hook(before, with_kwargs=True))
-        return handles, marks
+            yield block.get_submodule(name), partial(self._before_joint_attention, processor)
 
     def _before_joint_attention(
         self, processor: AgentAttnProcessor, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,9 +227,3 @@ class JointBlock(PatchedBlock):
             agents = self._agents(running) if counts.agents else None
         processor.take_over(attn, Part(before, running.plan.partition, matching, agents))
         return None
-
-
-def _marks(layer: nn.Module) -> list[tuple[nn.Module, Wrap]]:
-    """None where somebody has marked it by a ``forward`` of their own. PyTorch before 2.9 compiles no such mark."""
-    traced = torch.__version__ >= "2.9"
-    return [(layer, mark(layer))] if traced and "forward" not in vars(layer) else []

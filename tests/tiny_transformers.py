@@ -101,7 +101,7 @@ def transformer_inputs(kind: str, batch: int = 2, height: int = 16, width: int =
         inputs["hidden_states"] = draw(rows * columns, 16)
     if kind == "qwen":
         inputs |= {"img_shapes": [[(1, rows, columns)]] * batch, "encoder_hidden_states_mask": mask.long()}
-        if diffusers.__version__ < "0.36":
+        if diffusers.__version__ < "0.37":
             inputs["txt_seq_lens"] = [TEXT_LENGTH] * batch
     elif kind in PACKED:
         ids = image_ids(rows, columns)
