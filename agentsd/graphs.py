@@ -73,8 +73,8 @@ class State:
         self._empty = [value for name, value in held if name in HOOKS and not value]
         self._held: list[Any] = [value for _, value in held if value] + owners
         self._copies = [value.copy() for value in self._held]
-        own = (module._parameters | module._buffers for module in modules)
-        self._tensors = [tensor for named in own for tensor in named.values() if tensor is not None]
+        named = (module._parameters | module._buffers for module in modules)
+        self._tensors = [tensor for each in named for tensor in each.values() if tensor is not None]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
     def holds(self, net: nn.Module) -> bool:

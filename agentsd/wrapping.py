@@ -29,18 +29,6 @@ def never_first(function: Function) -> Function:
     return function
 
 
-def in_one_piece(function: Function) -> Function:
-    """Trace ``function`` where a graph leads through it, and leave it and all that it calls alone elsewhere."""
-    alone: Any = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
-
-    @functools.wraps(function)
-    @never_first
-    def either(*args: Any) -> Any:
-        return function(*args) if torch.compiler.is_compiling() else alone(*args)
-
-    return cast(Function, either)
-
-
 class Weakly(Generic[T]):
     """A reference that keeps nothing alive. A copy made along with its object refers to the object's copy."""
 
@@ -177,6 +165,18 @@ def outside_the_graph(function: Function) -> Function:
     """
     disabled: Function = torch.compiler.disable(function, **_REASON)  # type: ignore[no-untyped-call]
     return disabled
+
+
+def in_one_piece(function: Function) -> Function:
+    """Trace ``function`` where a graph leads through it, and leave it and all that it calls alone elsewhere."""
+    alone = outside_the_graph(function)
+
+    @functools.wraps(function)
+    @never_first
+    def either(*args: Any) -> Any:
+        return function(*args) if torch.compiler.is_compiling() else alone(*args)
+
+    return cast(Function, either)
 
 
 def forget_graphs() -> None:

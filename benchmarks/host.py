@@ -35,7 +35,7 @@ class Case:
 
     steps: int = option(50, "of a trajectory")
     rounds: int = option(5, "trajectories of each method, after one that warms up")
-    methods: list[str] | None = option(DEFAULT, "names as in methods.py (default: those of the README)", nargs="+")
+    methods: list[str] | None = option(DEFAULT, "names as in methods.py (default: six of them)", nargs="+")
 
 
 class Replayed:
