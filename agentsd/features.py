@@ -73,6 +73,7 @@ class Lane:
         follows: whether features are (2, B, N, C), the input of the middle and what the middle adds to it. Then they
             are estimated by how that followed its input between the last two full calls, and not in time.
         slope: of that.
+        slowing: by which the features' movement changes from one call to the next.
         measures: whether full calls compare the features with their estimate in time.
         error: of the estimate at the last full call, where it was compared.
     """
@@ -86,6 +87,7 @@ class Lane:
     due: bool = True
     follows: bool = False
     slope: Tensor | None = None
+    slowing: float = 1.0
     measures: bool = False
     error: Arriving | None = None
 
@@ -106,7 +108,8 @@ class Lane:
         self.latest, self.gap, self.age, self.due = features, self.age, 0, False
 
     def estimate(self) -> Tensor:
-        """The latest features, or where they are heading: the first order of a Taylor polynomial, as in TaylorSeer.
+        """The latest features, or where they are heading: the first order of a Taylor polynomial, as in TaylorSeer,
+        but for features that slow down, as the noise does that is left.
 
         No further ahead than the line is long. A tensor of its own: FreeU scales features in place.
 
@@ -120,7 +123,9 @@ class Lane:
             return torch.cat((self.slope, added - self.slope * x), dim=1)
         if self.previous is None:
             return self.latest.clone()
-        return torch.lerp(self.previous, self.latest, 1 + min(self.age / self.gap, 1))
+        q = self.slowing
+        ahead = self.age / self.gap if q == 1 else q**self.gap * (1 - q**self.age) / (1 - q**self.gap)
+        return torch.lerp(self.previous, self.latest, 1 + min(ahead, 1))
 
     @property
     def nbytes(self) -> int:

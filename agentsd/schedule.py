@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+FIRST_GAP = 0.3  # between full calls, of the mean gap; the last comes to 1.7 of it
 EVEN_CALLS = 10  # from which evenly spread full calls may skip the second; a shorter trajectory changes too fast
 USUAL_CALLS = 25  # of a trajectory of which nobody says how many it has
 ENDLESS = 1000  # calls that are planned for one
@@ -126,25 +127,42 @@ def interval_of(interval: float, calls: int | None = None) -> int:
 def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: bool = False) -> tuple[bool, ...]:
     """For each call of a trajectory, whether it runs the whole denoiser; the others are cached calls.
 
-    Every ``interval``-th call is full. Where features are extrapolated (``cache_order`` 1) the second is, too, since
-    features move fastest in the first steps; and the others are counted back from the last call but one, which gives
-    the image its texture (benchmarks/NOTES.md). Where they follow their input instead, full calls are spread
-    ``evenly``, from the first to the last but one, ``interval`` apart or a little more, in 10 calls and more.
+    Every ``interval``-th call is full. Where features are extrapolated (``cache_order`` 1) as many are, and at most
+    two more: the second, since features move fastest in the first steps, and the last but one, which gives the image
+    its texture. Between these two the gaps grow evenly, the first being `FIRST_GAP` of their mean: what is wrong in
+    the first quarter decides which images go wrong (benchmarks/NOTES.md). Where features follow their input instead,
+    full calls are spread ``evenly``, from the first to the last but one, ``interval`` apart or a little more, in 10
+    calls and more.
 
     Args:
         calls: of the whole schedule; None where nobody says, and then enough of them are planned.
-        begin: the place in it of the first call that is made: img2img starts in the middle.
+        begin: the place in it of the first call that is made: img2img starts in the middle. It and the next are full,
+            and of the others those that are full in the whole schedule.
         evenly: whether features follow their input rather than a line in time, where ``cache_order`` is 1.
     """
     interval = interval_of(settings.cache_interval, calls)
     made = range((calls or ENDLESS) - begin)
-    last = len(made) - 2 if calls is not None else 0
     if settings.cache_order == 0 or (evenly and calls is None):
         full = [i % interval == 0 for i in made]
+    elif calls is None:
+        full = [i < 2 or i % interval == 0 for i in made]
     elif evenly and len(made) >= EVEN_CALLS:
+        last = len(made) - 2
         gaps = max(1, last // interval)
         places = {(2 * last * i + gaps) // (2 * gaps) for i in range(gaps + 1)}
         full = [i in places for i in made]
     else:
-        full = [i < 2 or (last - i) % interval == 0 for i in made]
+        places = {begin, begin + 1, *_growing(calls - 2, interval)}
+        full = [begin + i in places for i in made]
     return (True,) * begin + tuple(full)
+
+
+def _growing(last: int, interval: int) -> list[int]:
+    """Places from 1 to ``last``, as many as if they were ``interval`` apart, in gaps that grow evenly."""
+    gaps = (last - 2) // interval + 1 if last > 1 else 0
+    places = [1]
+    for i in range(1, gaps + 1):
+        share = i / gaps
+        place = 1 + (last - 1) * share * (FIRST_GAP + (1 - FIRST_GAP) * share)
+        places.append(max(places[-1] + 1, math.floor(place + 0.5)))
+    return places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from agentsd.schedule import Moment
 from agentsd.wrapping import Weakly
 
 MOST_LANES = 4  # calls of one step; guidance makes two or three
+SLOWING = 5.0  # features move in the last call exp(-SLOWING) times as fast as in the first (benchmarks/NOTES.md)
 NEAR = 0.3  # of the size of latents: how far a step takes them at most, where no schedule says that it is one
 
 
@@ -159,8 +161,10 @@ class Track:
         self.lanes = [lane for lane in self.lanes if lane not in free]
         if len(self.lanes) == MOST_LANES:
             self.lanes, self.crowded = [], True
-        self.lanes.append(Step(order, measures=measures, follows=follows, condition=condition, latents=sample))
-        return self.lanes[-1]
+        slowing = math.exp(-SLOWING / self.calls) if self.calls else 1.0
+        new = Step(order, slowing=slowing, measures=measures, follows=follows, condition=condition, latents=sample)
+        self.lanes.append(new)
+        return new
 
 
 def _apart(sample: Tensor, before: Tensor) -> float:
