@@ -73,10 +73,11 @@ class Settings:
             without a schedule the trajectory is taken for one of 25. Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cached call runs; one more runs on the way up.
         cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two full calls, but
-            the first. The second call of a trajectory is full, too, and so is the last but one. In transformers 1
-            spreads the full calls evenly from the first to the last but one, about ``cache_interval`` apart, and what
-            the skipped blocks add follows their input, channel by channel, as it did between the last two of them: a
-            line in time leads it astray (benchmarks/NOTES.md).
+            the first, on lines that slow down as features do. The second call of a trajectory is full, too, and so is
+            the last but one, and the gaps between full calls grow along it. In transformers 1 spreads the full calls
+            evenly from the first to the last but one, about ``cache_interval`` apart, and what the skipped blocks add
+            follows their input, channel by channel, as it did between the last two of them: a line in time leads it
+            astray (benchmarks/NOTES.md).
         cache_cell: in cached calls, let every token attend to one token of each ``cache_cell`` x ``cache_cell`` cell
             alone, as with ``sample_kv``. Their errors average out, where those of full calls are carried on. 1 leaves
             cached calls to what the schedule says.

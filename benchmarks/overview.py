@@ -128,8 +128,8 @@ def how_faithful(results: list[Result]) -> tuple[str, dict[str, str]]:
     if listed is not None:
         images = listed["settings"]["images"]
         parts.append(
-            f"The worst of 20 among {images} images rests on {max(1, round(images / 20))} of them; the 512 images in "
-            "[README](../../README.md#how-fast-how-faithful) are the better estimate."
+            f"The worst of 20 among {images} images rests on {max(1, round(images / 20))} of them. Images differ "
+            "between columns, and so may the version: the notes of [each run](#every-run) say so."
         )
     return "\n\n".join(parts), pictures
 
