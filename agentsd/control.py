@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from agentsd.features import Arriving
-from agentsd.schedule import Reusing, full_calls, interval_of
+from agentsd.schedule import FIRST_GAP, Reusing, full_calls, interval_of
 
 SHORTEST, LONGEST = 2, 10  # calls from one full call to the next; the longest is a fifth of a long trajectory
 SHRINK, GROW = 0.3, 2.0  # at most, from one gap to the next
@@ -59,7 +59,7 @@ class Controller:
     def __init__(self, settings: Tolerance, calls: int | None, begin: int) -> None:
         self._order = settings.cache_order
         self._tolerance, self._calls, self._begin = settings.cache_tolerance, calls, begin
-        self._first = max(SHORTEST, (interval_of(settings.cache_interval, calls) + 1) // 2)
+        self._first = max(SHORTEST, round(FIRST_GAP * interval_of(settings.cache_interval, calls)))
         self._left = most_full(calls - begin, settings) if calls is not None else None
         self._asked = self._latest = -1
         self._gap = 1.0  # before the latest full call

@@ -51,12 +51,18 @@ def partitions(
     sx: int,
     generators: Sequence[torch.Generator | None],
     device: torch.device,
+    turns: Sequence[int] = (0,),
 ) -> list[Partition]:
-    """A `partition` for each of the generators, at once, on ``device``. Drawn on the CPU: no value is read back."""
+    """A `partition` for each of the generators, at once, on ``device``. Drawn on the CPU: no value is read back.
+
+    Args:
+        turns: of each, or of all, how many places further in its cell the dst token is than drawn.
+    """
     rows, columns, tokens = height // sy, width // sx, height * width
     shape, corner = (rows, columns, 1), torch.zeros(rows, columns, 1, dtype=torch.long)
     drawn = [corner if g is None else torch.randint(sy * sx, shape, generator=g) for g in generators]
-    offset = torch.stack(drawn).squeeze(-1).to(device, non_blocking=True)
+    turned = (torch.stack(drawn) + torch.tensor(turns).view(-1, 1, 1, 1)) % (sy * sx)
+    offset = turned.squeeze(-1).to(device, non_blocking=True)
     y = torch.arange(rows, device=device)[:, None] * sy + offset // sx
     x = torch.arange(columns, device=device) * sx + offset % sx
     place = (y * width + x).flatten(1)  # (generators, D)

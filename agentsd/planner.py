@@ -106,13 +106,16 @@ class Draws:
         phase: Phase, used: dict[int, Grid], seed: int | None, steps: range, device: torch.device
     ) -> list[dict[int, Partition]]:
         drawn: list[dict[int, Partition]] = [{} for _ in steps]
+        # sampled keys take turns: what one step leaves out, the next ones see (benchmarks/NOTES.md)
+        cycle = phase.sy * phase.sx if phase.sample_kv and seed is not None else 1
         # of use under gradients, too, and in functions that torch.func transforms
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
             for grid in set(used.values()):
                 indices = [i for i, other in used.items() if other == grid]
                 each = [(step, i) for step in steps for i in indices]
-                generators = [None if seed is None else generator(seed, *place) for place in each]
-                made = iter(partitions(*grid, phase.sy, phase.sx, generators, device))
+                generators = [None if seed is None else generator(seed, step // cycle, i) for step, i in each]
+                turns = [step % cycle for step, _ in each]
+                made = iter(partitions(*grid, phase.sy, phase.sx, generators, device, turns))
                 for step in drawn:
                     step |= {i: next(made) for i in indices}
         return drawn

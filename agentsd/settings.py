@@ -34,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "quality": {**REUSED, "ratio": 0.0, "cache_interval": 0.095},
         "balanced": {**REUSED, "ratio": 0.0, "cache_interval": 0.125},
         "adaptive": {**REUSED, "ratio": 0.0, "cache_interval": 0.125, "cache_tolerance": 0.3},
-        "fast": {**REUSED, "ratio": 0.0, "cache_interval": 0.165, "cache_tolerance": 0.6},
+        "fast": {**REUSED, "ratio": 0.0, "cache_interval": 0.18},
         "few_steps": {"sample_kv": True, "agent_sx": 3, "agent_sy": 3},
     }
 )
@@ -63,7 +63,8 @@ class Settings:
             between, which saves the time that a GPU waits for Python (the idea is ToMA's: Lu et al. 2025, arXiv
             2509.10918). 1 is the reference. Compiled calls, and those under gradients, match each time.
         sample_kv: instead of merging, let every token attend to the dst tokens alone, one of each cell: token
-            downsampling (Smith et al. 2024, arXiv 2402.13573) with a new draw in every block and step.
+            downsampling (Smith et al. 2024, arXiv 2402.13573). The tokens of a cell take turns from step to step, and
+            each block draws with which of them a round begins.
         min_tokens: leave the attention of layers with fewer tokens as it is, since there the patch costs more than it
             gains: the default is where both were equal on a CPU (benchmarks/NOTES.md). 0 patches all.
         cache_interval: run the whole denoiser in every ``cache_interval``-th call, and in the others its outermost
@@ -79,12 +80,12 @@ class Settings:
             follows their input, channel by channel, as it did between the last two of them: a line in time leads it
             astray (benchmarks/NOTES.md).
         cache_cell: in cached calls, let every token attend to one token of each ``cache_cell`` x ``cache_cell`` cell
-            alone, as with ``sample_kv``. Their errors average out, where those of full calls are carried on. 1 leaves
-            cached calls to what the schedule says.
+            alone, each in its turn, as with ``sample_kv``. Their errors average out, where those of full calls are
+            carried on. 1 leaves cached calls to what the schedule says.
         cache_tolerance: let the error of the extrapolation decide which calls are full: at each full call it is
             measured, and where it is above this share of the features' size (1.6 of it at the start of the trajectory,
             falling to 0.4 at its end) the next full call comes sooner, otherwise later. A batch goes by its worst
-            image. Half of ``cache_interval`` is then the first distance. In transformers ``cache_interval`` decides
+            image. The first distance is as without. In transformers ``cache_interval`` decides
             all the same: evenly spread, their full calls are nearer (benchmarks/NOTES.md). 0 is off.
         cache_budget: with ``cache_tolerance``, at most this share of a trajectory's calls is full. 1 is no limit.
         patch_controlnet: patch the attention of the pipeline's ControlNets, too.

@@ -51,6 +51,20 @@ def test_the_draw_differs_between_steps_and_not_between_runs():
     assert torch.equal(image(pipe), plain)
 
 
+def test_each_token_of_a_cell_is_the_key_in_turn():
+    """What one step leaves out, the next ones see: the noise of the draw cancels over them."""
+    pipe, keys = make_pipeline(), []
+    patch = agentsd.apply_patch(pipe, **SAMPLED | {"agent_sy": 2}, seed=0).unet._agentsd_patch
+    look = lambda *_: keys.append([plan.partition.dst for plan in patch._now.call.blocks.values()])
+    with pipe.unet.conv_in.register_forward_hook(look):
+        image(pipe, num_inference_steps=8)
+    for in_block in zip(*keys, strict=True):
+        for four in (in_block[:4], in_block[4:]):
+            assert torch.equal(torch.cat(four).sort().values, torch.arange(256, dtype=torch.int32))
+        assert len({tuple(dst.tolist()) for dst in in_block}) == 8, "each round has a draw of its own"
+    assert not torch.equal(keys[0][0], keys[0][1]), "and so has each block"
+
+
 def test_a_fused_projection_is_left_alone_and_the_report_says_so():
     unet = make_unet()
     unet.fuse_qkv_projections()
