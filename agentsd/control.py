@@ -59,7 +59,7 @@ class Controller:
     def __init__(self, settings: Tolerance, calls: int | None, begin: int) -> None:
         self._order = settings.cache_order
         self._tolerance, self._calls, self._begin = settings.cache_tolerance, calls, begin
-        self._first = max(SHORTEST, round(FIRST_GAP * interval_of(settings.cache_interval, calls)))
+        self._first = max(SHORTEST, int(FIRST_GAP * interval_of(settings.cache_interval, calls) + 0.5))
         self._left = most_full(calls - begin, settings) if calls is not None else None
         self._asked = self._latest = -1
         self._gap = 1.0  # before the latest full call

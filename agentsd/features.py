@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+SLOWING = 5.0  # features move in the last call exp(-SLOWING) times as fast as in the first (benchmarks/NOTES.md)
 
 
 class Arriving:
@@ -38,6 +41,11 @@ def worst_error(estimate: Tensor, features: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(features.flatten(1), dim=1, dtype=exact)
     worst: Tensor = (off / size.clamp_min(1e-12)).amax()
     return worst
+
+
+def slowing(calls: int | None) -> float:
+    """By which features' movement changes from one call of a trajectory of ``calls`` to the next; 1 if nobody says."""
+    return math.exp(-SLOWING / calls) if calls else 1.0
 
 
 def secant(before: Tensor, now: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def partitions(
     """A `partition` for each of the generators, at once, on ``device``. Drawn on the CPU: no value is read back.
 
     Args:
-        turns: of each, or of all, how many places further in its cell the dst token is than drawn.
+        turns: of each, or of all, how many tokens further in its cell, in raster order, the dst token is than drawn.
     """
     rows, columns, tokens = height // sy, width // sx, height * width
     shape, corner = (rows, columns, 1), torch.zeros(rows, columns, 1, dtype=torch.long)

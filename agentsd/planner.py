@@ -70,8 +70,8 @@ class BlockPlan:
 class Draws:
     """The random choice of dst tokens, for every block and step of a trajectory at once, on the device.
 
-    Each block's draw at each step has a generator of its own: it is the same however often, and in what order, it is
-    asked for, and no generator of the user's is advanced.
+    Each block has a generator of its own at each step, or round of steps (`round_and_turn`): a draw is the same
+    however often, and in what order, it is asked for, and no generator of the user's is advanced.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,7 +92,8 @@ class Draws:
             ahead = max(1, DRAWN_AHEAD // sum(2 * 4 * height * width for height, width in used.values()))
             passed = (moment.step - plan.steps.start) // ahead * ahead + plan.steps.start
             steps = range(passed, min(passed + ahead, plan.steps.stop))
-        key = (plan.phase.sy, plan.phase.sx, tuple(used.items()), seed, device, steps if seed is not None else None)
+        how = (plan.phase.sy, plan.phase.sx, plan.phase.sample_kv)
+        key = (how, tuple(used.items()), seed, device, steps if seed is not None else None)
         if (drawn := self._made.get(key)) is None:
             drawn = self._draw(plan.phase, used, seed, steps, device)
             while len(self._made) >= MOST_DRAWS:
@@ -106,24 +107,31 @@ class Draws:
         phase: Phase, used: dict[int, Grid], seed: int | None, steps: range, device: torch.device
     ) -> list[dict[int, Partition]]:
         drawn: list[dict[int, Partition]] = [{} for _ in steps]
-        # sampled keys take turns: what one step leaves out, the next ones see (benchmarks/NOTES.md)
-        cycle = phase.sy * phase.sx if phase.sample_kv and seed is not None else 1
         # of use under gradients, too, and in functions that torch.func transforms
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
             for grid in set(used.values()):
                 indices = [i for i, other in used.items() if other == grid]
-                each = [(step, i) for step in steps for i in indices]
-                generators = [None if seed is None else generator(seed, step // cycle, i) for step, i in each]
-                turns = [step % cycle for step, _ in each]
+                each = [(*round_and_turn(phase, step), i) for step in steps for i in indices]
+                generators = [None if seed is None else generator(seed, number, i) for number, _, i in each]
+                turns = [0 if seed is None else turn for _, turn, _ in each]
                 made = iter(partitions(*grid, phase.sy, phase.sx, generators, device, turns))
                 for step in drawn:
                     step |= {i: next(made) for i in indices}
         return drawn
 
 
-def generator(seed: int, step: int, index: int) -> torch.Generator:
-    """A generator of the draw of the ``index``-th block at this step alone."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+def round_and_turn(phase: Phase, step: int) -> tuple[int, int]:
+    """Of which round a step is, each with a draw of its own, and which turn of it.
+
+    The tokens of a cell whose keys are sampled take turns, so that the next steps see what one leaves out
+    (benchmarks/NOTES.md). Where tokens are merged, each step is a round.
+    """
+    return divmod(step, phase.sy * phase.sx) if phase.sample_kv else (step, 0)
+
+
+def generator(seed: int, number: int, index: int) -> torch.Generator:
+    """A generator of the draw of the ``index``-th block in the round of this number alone."""
+    digest = hashlib.blake2b(f"{seed}/{number}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 

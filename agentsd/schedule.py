@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-FIRST_GAP = 0.3  # between full calls, of the mean gap; the last comes to 1.7 of it
+FIRST_GAP = 0.3  # of the mean gap, where the gaps between full calls begin to grow; they end at 1.7 of it
 EVEN_CALLS = 10  # from which evenly spread full calls may skip the second; a shorter trajectory changes too fast
 USUAL_CALLS = 25  # of a trajectory of which nobody says how many it has
 ENDLESS = 1000  # calls that are planned for one
@@ -129,10 +129,9 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: boo
 
     Every ``interval``-th call is full. Where features are extrapolated (``cache_order`` 1) as many are, and at most
     two more: the second, since features move fastest in the first steps, and the last but one, which gives the image
-    its texture. Between these two the gaps grow evenly, the first being `FIRST_GAP` of their mean: what is wrong in
-    the first quarter decides which images go wrong (benchmarks/NOTES.md). Where features follow their input instead,
-    full calls are spread ``evenly``, from the first to the last but one, ``interval`` apart or a little more, in 10
-    calls and more.
+    its texture. Between these two the gaps grow evenly, from `FIRST_GAP` of their mean: what is wrong in the first
+    quarter decides which images go wrong (benchmarks/NOTES.md). Where features follow their input instead, full calls
+    are spread ``evenly``, ``interval`` apart or a little more, and in 10 calls and more without the second.
 
     Args:
         calls: of the whole schedule; None where nobody says, and then enough of them are planned.
@@ -152,17 +151,19 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: boo
         places = {(2 * last * i + gaps) // (2 * gaps) for i in range(gaps + 1)}
         full = [i in places for i in made]
     else:
-        places = {begin, begin + 1, *_growing(calls - 2, interval)}
+        places = {begin, begin + 1, *_growing(calls - 2, interval, 1.0 if evenly else FIRST_GAP)}
         full = [begin + i in places for i in made]
     return (True,) * begin + tuple(full)
 
 
-def _growing(last: int, interval: int) -> list[int]:
-    """Places from 1 to ``last``, as many as if they were ``interval`` apart, in gaps that grow evenly."""
+def _growing(last: int, interval: int, first: float) -> list[int]:
+    """Places from 1 to ``last``, as many as if they were ``interval`` apart, in gaps that grow evenly from ``first``
+    of their mean.
+    """
     gaps = (last - 2) // interval + 1 if last > 1 else 0
     places = [1]
     for i in range(1, gaps + 1):
         share = i / gaps
-        place = 1 + (last - 1) * share * (FIRST_GAP + (1 - FIRST_GAP) * share)
+        place = 1 + (last - 1) * share * (first + (1 - first) * share)
         places.append(max(places[-1] + 1, math.floor(place + 0.5)))
     return places

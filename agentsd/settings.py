@@ -69,8 +69,8 @@ class Settings:
             gains: the default is where both were equal on a CPU (benchmarks/NOTES.md). 0 patches all.
         cache_interval: run the whole denoiser in every ``cache_interval``-th call, and in the others its outermost
             layers alone, with the deep features from before. 1 is off. Up to 0.5 it is a share of the trajectory: 0.1
-            is a tenth of it from one full call to the next, so every second of 20 and every fifth of 50, and never
-            every call. In img2img it is a share of the whole schedule, including the steps skipped at the start;
+            is a tenth of it from one full call to the next, on average: every second of 20 and every fifth of 50, but
+            never every call. In img2img it is a share of the whole schedule, including the steps skipped at the start;
             without a schedule the trajectory is taken for one of 25. Not where gradients are recorded.
         cache_branch: how many layers on the way down such a cached call runs; one more runs on the way up.
         cache_order: 0 takes the deep features as they were, 1 extrapolates them from the last two full calls, but
@@ -85,8 +85,8 @@ class Settings:
         cache_tolerance: let the error of the extrapolation decide which calls are full: at each full call it is
             measured, and where it is above this share of the features' size (1.6 of it at the start of the trajectory,
             falling to 0.4 at its end) the next full call comes sooner, otherwise later. A batch goes by its worst
-            image. The first distance is as without. In transformers ``cache_interval`` decides
-            all the same: evenly spread, their full calls are nearer (benchmarks/NOTES.md). 0 is off.
+            image. ``cache_interval`` then gives the first distance, 0.3 of it and at least 2 calls. In transformers it
+            decides all the same: evenly spread, their full calls are nearer (benchmarks/NOTES.md). 0 is off.
         cache_budget: with ``cache_tolerance``, at most this share of a trajectory's calls is full. 1 is no limit.
         patch_controlnet: patch the attention of the pipeline's ControlNets, too.
         cuda_graphs: record a CUDA graph of each kind of call, and replay it in all others of that kind: the same

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor
 
 from agentsd.control import Controller, Table
-from agentsd.features import Lane, has_values, worst_error
+from agentsd.features import Lane, has_values, slowing, worst_error
 from agentsd.hosts import Inputs
 from agentsd.schedule import Moment
 from agentsd.wrapping import Weakly
 
 MOST_LANES = 4  # calls of one step; guidance makes two or three
-SLOWING = 5.0  # features move in the last call exp(-SLOWING) times as fast as in the first (benchmarks/NOTES.md)
 NEAR = 0.3  # of the size of latents: how far a step takes them at most, where no schedule says that it is one
 
 
@@ -161,8 +159,8 @@ class Track:
         self.lanes = [lane for lane in self.lanes if lane not in free]
         if len(self.lanes) == MOST_LANES:
             self.lanes, self.crowded = [], True
-        slowing = math.exp(-SLOWING / self.calls) if self.calls else 1.0
-        new = Step(order, slowing=slowing, measures=measures, follows=follows, condition=condition, latents=sample)
+        slows = slowing(self.calls)
+        new = Step(order, slowing=slows, measures=measures, follows=follows, condition=condition, latents=sample)
         self.lanes.append(new)
         return new
 

@@ -65,6 +65,26 @@ def test_each_token_of_a_cell_is_the_key_in_turn():
     assert not torch.equal(keys[0][0], keys[0][1]), "and so has each block"
 
 
+def test_cached_calls_take_turns_beside_merging_in_the_same_cells():
+    """What is drawn for merging is not taken for theirs, though cells, blocks and steps are the same."""
+    settings = {"ratio": 0.4, "agent_steps": 0, "cache_interval": 2, "cache_branch": 2, "seed": 0}
+    drawn: dict[int, list] = {}
+    for cell in (1, 2):
+        pipe, drawn[cell] = make_pipeline(), []
+        patch = agentsd.apply_patch(pipe, **settings, cache_cell=cell).unet._agentsd_patch
+        look = lambda *_, c=cell, p=patch: drawn[c].append([b.partition.dst for b in p._now.call.blocks.values()])
+        with pipe.unet.conv_in.register_forward_hook(look):
+            image(pipe, steps=8)
+    merging, sampling = drawn[1], drawn[2]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(merging[0::2], sampling[0::2], strict=True)
+        for a, b in zip(a, b, strict=True)
+    )
+    for one, three in zip(sampling[1], sampling[3], strict=True):  # two turns of one round
+        assert not set(one.tolist()) & set(three.tolist())
+
+
 def test_a_fused_projection_is_left_alone_and_the_report_says_so():
     unet = make_unet()
     unet.fuse_qkv_projections()

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from agentsd import PRESETS, Settings
 from agentsd.attention import agent_attention
 from agentsd.control import Controller, Table
-from agentsd.features import Lane
+from agentsd.features import Lane, slowing
 from agentsd.matching import Matching, bipartite_soft_matching, partitions
 from agentsd.merge import merge, unmerge
-from agentsd.planner import generator
+from agentsd.planner import generator, round_and_turn
 from agentsd.schedule import Moment, Phase
 from agentsd.wrapping import Wrap, wrap
 
@@ -132,7 +132,8 @@ class AgentSD:
     def _trajectory(self, sigmas: list[float], begin: int) -> Trajectory:
         by_error = self.settings.cache_tolerance > 0
         pace = (Controller if by_error else Table)(self.settings, len(sigmas) - 1, begin)
-        return Trajectory(sigmas, Lane(self.settings.cache_order, measures=by_error), pace)
+        lane = Lane(self.settings.cache_order, slowing=slowing(len(sigmas) - 1), measures=by_error)
+        return Trajectory(sigmas, lane, pace)
 
     def output_block(self, h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What the last output block gets from below: remembered in a full call, given in a cached one."""
@@ -159,8 +160,9 @@ class AgentSD:
         counts = call.phase.counts(*grid)
         if not counts.changed:
             return n, context, value
-        draw = [generator(self.settings.seed or 0, call.step, index)]
-        drawn = partitions(*grid, call.phase.sy, call.phase.sx, draw, n.device)[0]
+        number, turn = round_and_turn(call.phase, call.step)
+        draw = [generator(self.settings.seed or 0, number, index)]
+        drawn = partitions(*grid, call.phase.sy, call.phase.sx, draw, n.device, [turn])[0]
         if counts.keys:
             return n, context.index_select(1, drawn.dst), value.index_select(1, drawn.dst)
         edges = bipartite_soft_matching(n, drawn)
