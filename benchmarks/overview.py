@@ -34,7 +34,7 @@ SHORT = {
     "tomesd r=0.4": "tomesd",
     PAPER: "paper",
 }
-QUALITY = {"PSNR, dB": "PSNR, dB", "PSNR p5": "worst of 20, dB"}
+SAMPLERS = {None: "DDIM", "dpm++": "DPM-Solver++", "euler": "Euler"}  # the demo model's own is DDIM
 MEMORY = ("unpatched", "agentsd balanced", "DeepCache N=3", "tomesd r=0.4")
 FEWEST = 3  # methods of a picture
 TRANSFORMERS = ("sd3-medium", "sd35-large", "flux", "pixart")
@@ -91,10 +91,10 @@ def qualities(results: list[Result]) -> list[Result]:
 
 
 def metrics_table(found: list[Result], names: dict[str, str]) -> str:
-    """A row for each method, a column for each metric and number of steps that has any."""
+    """A row for each method, a column for each metric of each run that has any."""
     pairs = [(r, key) for r in found for key in names if any(key in row["metrics"] for row in r["rows"])]
-    head = [f"{names[key]}, {r['settings']['steps']} steps, {r['settings']['images']} images" for r, key in pairs]
-    rows: Rows = [("method", *head)]
+    steps = lambda s: f"{SAMPLERS.get(name := s.get('scheduler'), name)} {s['steps']}, {s['images']} images"
+    rows: Rows = [("method", *(f"{names[key]}, {steps(r['settings'])}" for r, key in pairs))]
     for name in MAIN:
         of = [next((row["metrics"] for row in r["rows"] if row["method"] == name), {}) for r, _ in pairs]
         if any(of):
@@ -119,19 +119,27 @@ def how_faithful(results: list[Result]) -> tuple[str, dict[str, str]]:
             pictures["fidelity"] = front(speed, shown, "PSNR, dB")
             parts.append("![Fidelity against speed](plots/fidelity.svg)")
             break
-    listed = next((r for r in found if any(row.get("psnr") for row in r["rows"])), None)
+    listed = next(filter(has_worst, found), None)
     if listed is not None:
         pictures["images"] = distribution(listed)
         parts.append("Each image for itself, the worst at the left:\n\n![PSNR of each image](plots/images.svg)")
         parts += worst_images(listed)
-    parts.append(metrics_table(found, QUALITY))
     if listed is not None:
         images = listed["settings"]["images"]
         parts.append(
-            f"The worst of 20 among {images} images rests on {max(1, round(images / 20))} of them. Images differ "
-            "between columns, and so may the version: the notes of [each run](#every-run) say so."
+            "The mean, and the worst of 20 images, in dB, by sampler and steps. Among "
+            f"{images} images that rests on {max(1, round(images / 20))} of them."
         )
+        parts.append(metrics_table([r for r in found if has_worst(r)], {"PSNR, dB": "mean", "PSNR p5": "worst of 20"}))
+    if means := [r for r in found if not has_worst(r)]:
+        parts.append("The mean of more images, of older versions: the notes of [each run](#every-run) say which.")
+        parts.append(metrics_table(means, {"PSNR, dB": "mean"}))
     return "\n\n".join(parts), pictures
+
+
+def has_worst(result: Result) -> bool:
+    """Whether each image's own figure is there."""
+    return any(row.get("psnr") for row in result["rows"])
 
 
 def worst_images(result: Result) -> list[str]:

@@ -83,7 +83,7 @@ def token_grid(path: Path, side: int = 16) -> None:
             y, x = divmod(token, side)
             left.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.2))
         left.set_title(label, fontsize=9, loc="left")
-        right.set_title(f"{matching.shape[1]} tokens, {matching.shape[2]} groups", fontsize=9, loc="left")
+        right.set_title(f"{matching.group.shape[1]} tokens, {matching.groups} groups", fontsize=9, loc="left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

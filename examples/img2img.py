@@ -1,4 +1,4 @@
-"""Image to image. Full calls are placed in the steps that run, at the distance that the whole schedule has.
+"""Image to image. Full calls are the image's own first two, and those of the whole schedule that it makes.
 
 python examples/img2img.py --strength 0.6 --prompt "green apple on a pink background"
 python examples/img2img.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --image sketch.png --prompt "a castle"

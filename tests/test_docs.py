@@ -1,6 +1,7 @@
 """The tables are the results', and links lead somewhere."""
 
 import re
+import runpy
 import sys
 
 import pytest
@@ -17,6 +18,12 @@ def test_the_page_gives_the_results():
     import measured  # noqa: PLC0415
 
     assert measured.table(ROOT / "benchmarks" / "results") in (ROOT / "docs" / "measured.md").read_text()
+
+
+def test_the_picture_of_cells_and_groups_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="neither of the extras `bench` and `vision` is installed")
+    runpy.run_path(str(ROOT / "docs" / "pictures.py"))["token_grid"](tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
 def test_the_first_screen_repeats_the_page():
