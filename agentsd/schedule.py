@@ -135,8 +135,8 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: boo
 
     Args:
         calls: of the whole schedule; None where nobody says, and then enough of them are planned.
-        begin: the place in it of the first call that is made: img2img starts in the middle. It and the next are full,
-            and of the others those that are full in the whole schedule.
+        begin: the place in it of the first call that is made: img2img starts in the middle. Full calls are spread over
+            those that are made, as far apart on average as in the whole schedule.
         evenly: whether features follow their input rather than a line in time, where ``cache_order`` is 1.
     """
     interval = interval_of(settings.cache_interval, calls)
@@ -151,8 +151,8 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: boo
         places = {(2 * last * i + gaps) // (2 * gaps) for i in range(gaps + 1)}
         full = [i in places for i in made]
     else:
-        places = {begin, begin + 1, *_growing(calls - 2, interval, 1.0 if evenly else FIRST_GAP)}
-        full = [begin + i in places for i in made]
+        places = {0, *_growing(len(made) - 2, interval, 1.0 if evenly else FIRST_GAP)}
+        full = [i in places for i in made]
     return (True,) * begin + tuple(full)
 
 

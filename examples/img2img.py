@@ -1,4 +1,4 @@
-"""Image to image. Full calls are the image's own first two, and those of the whole schedule that it makes.
+"""Image to image. Full calls are as far apart on average as in the whole schedule, and dense at the image's own start.
 
 python examples/img2img.py --strength 0.6 --prompt "green apple on a pink background"
 python examples/img2img.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --image sketch.png --prompt "a castle"

@@ -113,12 +113,11 @@ def test_timesteps_of_one_s_own_are_a_schedule_that_was_set():
     assert calls == [i % 5 == 0 for i in range(19)]
 
 
-def test_img2img_has_the_full_calls_of_the_whole_schedule_and_its_own_first_two():
+def test_img2img_has_full_calls_as_far_apart_as_the_whole_schedule_and_dense_at_its_own_start():
     pipe = agentsd.apply_patch(make_img2img(), **ONLY_REUSE, cache_order=1)
     calls = calls_made(pipe.unet)
     image(pipe, steps=20, image=torch.zeros(1, 3, 16, 16), strength=0.5)
-    whole = full_calls(20, agentsd.Settings(**ONLY_REUSE, cache_order=1))
-    assert calls == [True, True, *whole[12:]] and calls[-2] and not all(calls)
+    assert calls == list(full_calls(10, agentsd.Settings(**ONLY_REUSE, cache_order=1))) and not all(calls)
 
 
 def test_removal_gives_the_pipeline_back(kind):
@@ -491,7 +490,7 @@ def test_full_calls(calls, begin, interval):
         gaps = [b - a for a, b in pairwise(place for place, ran in enumerate(made) if ran)]
         if order == 0 or calls is None:
             assert all(gap == apart for gap in gaps[2 * order :])
-        elif begin == 0:
+        else:
             # rounded to whole calls, gaps may be one shorter than the gap before
             assert all(b >= a - 1 for a, b in pairwise(gaps)) and sum(gaps[: len(gaps) // 2]) <= sum(gaps) / 2
             assert 0 <= sum(made) - len(made[-2::-apart]) <= 2
