@@ -165,5 +165,5 @@ def _growing(last: int, interval: int, first: float) -> list[int]:
     for i in range(1, gaps + 1):
         share = i / gaps
         place = 1 + (last - 1) * share * (first + (1 - first) * share)
-        places.append(max(places[-1] + 1, math.floor(place + 0.5)))
+        places.append(max(places[-1] + 1, math.ceil(place - 0.5)))
     return places
