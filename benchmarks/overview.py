@@ -119,18 +119,16 @@ def how_faithful(results: list[Result]) -> tuple[str, dict[str, str]]:
             pictures["fidelity"] = front(speed, shown, "PSNR, dB")
             parts.append("![Fidelity against speed](plots/fidelity.svg)")
             break
-    listed = next(filter(has_worst, found), None)
-    if listed is not None:
-        pictures["images"] = distribution(listed)
+    if listed := [r for r in found if has_worst(r)]:
+        pictures["images"] = distribution(listed[0])
         parts.append("Each image for itself, the worst at the left:\n\n![PSNR of each image](plots/images.svg)")
-        parts += worst_images(listed)
-    if listed is not None:
-        images = listed["settings"]["images"]
+        parts += worst_images(listed[0])
+        images = listed[0]["settings"]["images"]
         parts.append(
             "The mean, and the worst of 20 images, in dB, by sampler and steps. Among "
             f"{images} images that rests on {max(1, round(images / 20))} of them."
         )
-        parts.append(metrics_table([r for r in found if has_worst(r)], {"PSNR, dB": "mean", "PSNR p5": "worst of 20"}))
+        parts.append(metrics_table(listed, {"PSNR, dB": "mean", "PSNR p5": "worst of 20"}))
     if means := [r for r in found if not has_worst(r)]:
         parts.append("The mean of more images, of older versions: the notes of [each run](#every-run) say which.")
         parts.append(metrics_table(means, {"PSNR, dB": "mean"}))
