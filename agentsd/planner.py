@@ -70,8 +70,8 @@ class BlockPlan:
 class Draws:
     """The random choice of dst tokens, for every block and step of a trajectory at once, on the device.
 
-    Each block has a generator of its own at each step, or round of steps (`round_and_turn`): a draw is the same
-    however often, and in what order, it is asked for, and no generator of the user's is advanced.
+    Each block has a generator of its own at each step, or round of steps (`source`): a draw is the same however
+    often, and in what order, it is asked for, and no generator of the user's is advanced.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,28 +111,23 @@ class Draws:
         with torch.inference_mode(False), torch.no_grad(), torch._C._DisableFuncTorch():
             for grid in set(used.values()):
                 indices = [i for i, other in used.items() if other == grid]
-                each = [(*round_and_turn(phase, step), i) for step in steps for i in indices]
-                generators = [None if seed is None else generator(seed, number, i) for number, _, i in each]
-                turns = [0 if seed is None else turn for _, turn, _ in each]
+                each = [(None, 0) if seed is None else source(seed, phase, s, i) for s in steps for i in indices]
+                generators, turns = zip(*each, strict=True)
                 made = iter(partitions(*grid, phase.sy, phase.sx, generators, device, turns))
                 for step in drawn:
                     step |= {i: next(made) for i in indices}
         return drawn
 
 
-def round_and_turn(phase: Phase, step: int) -> tuple[int, int]:
-    """Of which round a step is, each with a draw of its own, and which turn of it.
+def source(seed: int, phase: Phase, step: int, index: int) -> tuple[torch.Generator, int]:
+    """Of the draw of the ``index``-th block at a step: its generator, and which turn of its cells' tokens it is.
 
     The tokens of a cell whose keys are sampled take turns, so that the next steps see what one leaves out
-    (benchmarks/NOTES.md). Where tokens are merged, each step is a round.
+    (benchmarks/NOTES.md). Where tokens are merged, each step draws anew.
     """
-    return divmod(step, phase.sy * phase.sx) if phase.sample_kv else (step, 0)
-
-
-def generator(seed: int, number: int, index: int) -> torch.Generator:
-    """A generator of the draw of the ``index``-th block in the round of this number alone."""
+    number, turn = divmod(step, phase.sy * phase.sx) if phase.sample_kv else (step, 0)
     digest = hashlib.blake2b(f"{seed}/{number}/{index}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1), turn
 
 
 @dataclass

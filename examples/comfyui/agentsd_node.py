@@ -23,7 +23,7 @@ from agentsd.control import Controller, Table
 from agentsd.features import Lane, slowing
 from agentsd.matching import Matching, bipartite_soft_matching, partitions
 from agentsd.merge import merge, unmerge
-from agentsd.planner import generator, round_and_turn
+from agentsd.planner import source
 from agentsd.schedule import Moment, Phase
 from agentsd.wrapping import Wrap, wrap
 
@@ -160,9 +160,8 @@ class AgentSD:
         counts = call.phase.counts(*grid)
         if not counts.changed:
             return n, context, value
-        number, turn = round_and_turn(call.phase, call.step)
-        draw = [generator(self.settings.seed or 0, number, index)]
-        drawn = partitions(*grid, call.phase.sy, call.phase.sx, draw, n.device, [turn])[0]
+        generator, turn = source(self.settings.seed or 0, call.phase, call.step, index)
+        drawn = partitions(*grid, call.phase.sy, call.phase.sx, [generator], n.device, [turn])[0]
         if counts.keys:
             return n, context.index_select(1, drawn.dst), value.index_select(1, drawn.dst)
         edges = bipartite_soft_matching(n, drawn)
