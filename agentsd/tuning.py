@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from agentsd.apply import apply_patch, patched, settings_for, without_patch
 from agentsd.models import denoiser_of
+from agentsd.schedule import interval_of
 from agentsd.settings import Settings
 from agentsd.trials import Trial, Tuning, choose, parse_target
 
@@ -82,6 +84,7 @@ def tune(
         draw(1, num_inference_steps=few)  # warms up
         bar.set_description("unpatched")
         true, base = draw(1)
+        candidates = distinct(pipe, len(pipe.scheduler.timesteps))
         count = max(1, min(len(prompts), int(seconds / (10 * base[0]))))
         more, taken = draw(count, begin=1)
         true, base = true + more, base + taken
@@ -108,7 +111,7 @@ def tune(
         if steps >= 4:
             trials.append(attempt("unpatched, half the steps", None, num_inference_steps=steps // 2))
         untried = []
-        for name, settings in distinct(pipe).items():
+        for name, settings in candidates.items():
             tried = sum(trial.settings is not None for trial in trials)
             if tried >= 2 and time.perf_counter() - started > seconds:
                 untried.append(name)
@@ -133,12 +136,13 @@ def tune(
     return Tuning(found, verdict, count, tuple(trials), tuple(advice), tuple(untried))
 
 
-def distinct(pipe: Any) -> dict[str, dict[str, Any]]:
-    """The candidates, each but once: some are the same on this denoiser."""
+def distinct(pipe: Any, calls: int) -> dict[str, dict[str, Any]]:
+    """The candidates, each but once: some are the same on this denoiser, or in a trajectory of so many ``calls``."""
     net, found = denoiser_of(pipe), dict[Settings, str]()
     for name, settings in CANDIDATES.items():
         with suppress(ValueError):  # where attention is left as it is, those that reuse nothing are none
-            found.setdefault(settings_for(net, **settings), name)
+            chosen = settings_for(net, **settings)
+            found.setdefault(replace(chosen, cache_interval=interval_of(chosen.cache_interval, calls)), name)
     if not found:
         settings_for(net)  # raises
     return {name: CANDIDATES[name] for name in found.values()}

@@ -59,7 +59,7 @@ MAY_IMPORT = {  # of the package, in the order of CONTRIBUTING.md
     "reports": "schedule settings planner",
     "survey": "schedule control costs settings hosts planner processor block models patch reports",
     "trials": "reports",
-    "tuning": "apply models settings trials",
+    "tuning": "apply models schedule settings trials",
     "agentsd": "settings apply reports survey trials tuning",
     "cli": "idle trials tuning agentsd",
     "__main__": "cli",

@@ -14,8 +14,9 @@ from diffusers import StableDiffusionPipeline
 import agentsd
 from agentsd import tuning
 from agentsd.patch import patch_of
+from agentsd.schedule import full_calls
 from agentsd.trials import Trial, choose, parse_target
-from agentsd.tuning import CANDIDATES
+from agentsd.tuning import CANDIDATES, distinct
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +105,22 @@ def test_the_pipeline_is_left_as_it_was(pipe, before):
 
 
 def test_what_was_tried_is_told_and_images_are_compared_with_the_unpatched_ones(pipe):
-    result = found(pipe, "1dB")
-    assert [t.name for t in result.trials] == ["unpatched", "unpatched, half the steps", *list(CANDIDATES)[:2]]
-    assert result.untried == tuple(CANDIDATES)[2:]
+    result, names = found(pipe, "1dB"), list(distinct(pipe, 8))
+    assert [t.name for t in result.trials] == ["unpatched", "unpatched, half the steps", *names[:2]]
+    assert result.untried == tuple(names[2:])
     assert result.images == 1 and all(10 < t.worst <= t.mean + 1e-9 for t in result.trials[1:])
-    for name in (*CANDIDATES, "channels_last", result.verdict):
+    for name in (*names, "channels_last", result.verdict):
         assert name in str(result)
+
+
+def test_settings_that_are_the_same_in_so_many_calls_are_tried_once(pipe):
+    tables = {calls: list(distinct(pipe, calls)) for calls in (6, 8, 20, 50)}
+    assert tables[50] == list(CANDIDATES)
+    assert "quality" in tables[20] and "balanced, cache_interval=2" not in tables[20]
+    for calls, names in tables.items():
+        settings = [tuning.settings_for(pipe.unet, **CANDIDATES[name]) for name in names]
+        fixed = [s for s in settings if s.reuses and not s.cache_tolerance]
+        assert len({full_calls(calls, s) for s in fixed}) == len(fixed)
 
 
 def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
