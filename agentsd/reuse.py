@@ -45,7 +45,7 @@ class Reuse:
         self._net: Weakly[nn.Module] = Weakly(None)
         self._keys: dict[str, str] = {}  # of each module of the middle, under which its shapes are known
         self._wraps: list[tuple[nn.Module, Wrap]] = []
-        self._full = 0  # calls in a row
+        self._unfollowed = 0  # full calls in a row that began a trajectory, or were its second
         self._warned = False
 
     def attach(self, net: nn.Module) -> list[tuple[nn.Module, Wrap]]:
@@ -93,7 +93,7 @@ class Reuse:
         planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
         lane.due = lane.due or not cached
-        self._count(full=not cached)
+        self._count(not cached and lane.calls < 2)
         shapes = lane.shapes if lane.shapes else dict.fromkeys(self._keys.values())
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
@@ -138,10 +138,11 @@ class Reuse:
         held = (m for name, m in modules if hasattr(m, "processor") and self.middle.holds(name))
         return next(filter(None, map(watcher, held)), "")
 
-    def _count(self, full: bool) -> None:
-        self._full = self._full + 1 if full else 0
-        if self.settings.reuses and self._full >= 2 * interval_of(self.settings.cache_interval) + 4:
-            self._warn(f"none of the last {self._full} calls follows another of the same trajectory")
+    def _count(self, early: bool) -> None:
+        self._unfollowed = self._unfollowed + 1 if early else 0
+        usual = 2 * max(interval_of(self.settings.cache_interval), MOST_LANES)  # an image's first two steps, at most
+        if self.settings.reuses and self._unfollowed > usual:
+            self._warn(f"none of the last {self._unfollowed} calls is the third of a trajectory, or a later one")
 
     def _warn(self, why: str) -> None:
         if not self._warned:

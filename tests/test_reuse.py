@@ -302,6 +302,21 @@ def test_more_calls_a_step_than_can_be_told_apart_reuse_nothing(order):
     assert all(torch.equal(a, b) for row in zip(found, expected, strict=True) for a, b in zip(*row, strict=True))
 
 
+@pytest.mark.filterwarnings("error:agentsd reuses no features")
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_full_calls_in_a_row_that_are_planned_are_no_warning(lanes):
+    """Dense at the start, a table of many full calls has nine and more in a row."""
+    pipe, text = make_pipeline(), unet_inputs()["encoder_hidden_states"]
+    inputs = [unet_inputs() | {"encoder_hidden_states": text + i} for i in range(lanes)]
+    agentsd.apply_patch(pipe, ratio=0, cache_interval=2, cache_order=1)
+    pipe.scheduler.set_timesteps(50)
+    for t in pipe.scheduler.timesteps:
+        for each in inputs:
+            pipe.unet(**{**each, "timestep": t})
+    full = full_calls(50, agentsd.Settings(cache_interval=2, cache_order=1))
+    assert all(full[:9]) and agentsd.report(pipe).last["full"] == lanes * sum(full)
+
+
 def test_what_cannot_be_reused_changes_nothing():
     """The patch from before stays, and goes without a trace."""
     pipe = make_pipeline()
