@@ -145,25 +145,22 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: boo
         full = [i % interval == 0 for i in made]
     elif calls is None:
         full = [i < 2 or i % interval == 0 for i in made]
-    elif evenly and len(made) >= EVEN_CALLS:
-        last = len(made) - 2
-        gaps = max(1, last // interval)
-        places = {(2 * last * i + gaps) // (2 * gaps) for i in range(gaps + 1)}
-        full = [i in places for i in made]
     else:
-        places = {0, *_growing(len(made) - 2, interval, 1.0 if evenly else FIRST_GAP)}
+        last = len(made) - 2
+        if evenly and len(made) >= EVEN_CALLS:
+            places = _growing(0, last, max(1, last // interval), 1.0)
+        else:
+            first = 1.0 if evenly else FIRST_GAP
+            places = [0, *_growing(1, last, math.ceil((last - 1) / interval), first)]
         full = [i in places for i in made]
     return (True,) * begin + tuple(full)
 
 
-def _growing(last: int, interval: int, first: float) -> list[int]:
-    """Places from 1 to ``last``, as many as if they were ``interval`` apart, in gaps that grow evenly from ``first``
-    of their mean.
-    """
-    gaps = (last - 2) // interval + 1 if last > 1 else 0
-    places = [1]
+def _growing(start: int, last: int, gaps: int, first: float) -> list[int]:
+    """Places from ``start`` to ``last`` in so many gaps, which grow evenly from ``first`` of their mean."""
+    places = [start]
     for i in range(1, gaps + 1):
         share = i / gaps
-        place = 1 + (last - 1) * share * (first + (1 - first) * share)
+        place = start + (last - start) * share * (first + (1 - first) * share)
         places.append(max(places[-1] + 1, math.ceil(place - 0.5)))
     return places

@@ -62,6 +62,7 @@ METHODS: dict[str, Method] = {
     "agentsd quality": agent(preset="quality"),
     "agentsd balanced": agent(preset="balanced"),
     "agentsd adaptive": agent(preset="adaptive"),
+    "agentsd balanced, but N=3": agent(preset="balanced", cache_interval=3),
     "agentsd balanced, but N=4": agent(preset="balanced", cache_interval=4),
     "agentsd balanced, r=0.4": agent(preset="balanced", ratio=0.4),
     "agentsd fast": agent(preset="fast"),
