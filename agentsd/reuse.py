@@ -21,7 +21,7 @@ from agentsd.features import along
 from agentsd.hosts import Inputs, Middle
 from agentsd.planner import Call, Now
 from agentsd.processor import watcher
-from agentsd.schedule import Moment, interval_of
+from agentsd.schedule import Moment
 from agentsd.settings import Settings
 from agentsd.tracks import MOST_LANES, Condition, Track
 from agentsd.wrapping import Weakly, Wrap, never_first, wrap
@@ -45,7 +45,7 @@ class Reuse:
         self._net: Weakly[nn.Module] = Weakly(None)
         self._keys: dict[str, str] = {}  # of each module of the middle, under which its shapes are known
         self._wraps: list[tuple[nn.Module, Wrap]] = []
-        self._unfollowed = 0  # full calls in a row that began a trajectory, or were its second
+        self._in_vain = 0  # full calls since the last cached one that began a trajectory, or that nobody had planned
         self._warned = False
 
     def attach(self, net: nn.Module) -> list[tuple[nn.Module, Wrap]]:
@@ -93,7 +93,7 @@ class Reuse:
         planned = track.is_full(moment.call if moment.calls is not None else lane.calls)
         cached = not (planned or lane.due or (lane.order and lane.calls < 2))
         lane.due = lane.due or not cached
-        self._count(not cached and lane.calls < 2)
+        self._count(cached, in_vain=lane.calls < 2 or not planned)
         shapes = lane.shapes if lane.shapes else dict.fromkeys(self._keys.values())
         lane.shapes = shapes  # all keys now: graphs are guarded by which there are
         features = lane.estimate() if cached else None
@@ -138,11 +138,11 @@ class Reuse:
         held = (m for name, m in modules if hasattr(m, "processor") and self.middle.holds(name))
         return next(filter(None, map(watcher, held)), "")
 
-    def _count(self, early: bool) -> None:
-        self._unfollowed = self._unfollowed + 1 if early else 0
-        usual = 2 * max(interval_of(self.settings.cache_interval), MOST_LANES)  # an image's first two steps, at most
-        if self.settings.reuses and self._unfollowed > usual:
-            self._warn(f"none of the last {self._unfollowed} calls is the third of a trajectory, or a later one")
+    def _count(self, cached: bool, in_vain: bool) -> None:
+        self._in_vain = 0 if cached else self._in_vain + in_vain
+        usual = 2 * MOST_LANES * MOST_TRACKS  # the first two steps of as many images as are drawn at a time
+        if self.settings.reuses and self._in_vain > usual:
+            self._warn(f"nothing could be reused of {self._in_vain} full calls and more")
 
     def _warn(self, why: str) -> None:
         if not self._warned:

@@ -85,6 +85,7 @@ def tune(
         bar.set_description("unpatched")
         true, base = draw(1)
         candidates = distinct(pipe, len(pipe.scheduler.timesteps))
+        bar.total = len(candidates) + 2
         count = max(1, min(len(prompts), int(seconds / (10 * base[0]))))
         more, taken = draw(count, begin=1)
         true, base = true + more, base + taken

@@ -294,7 +294,7 @@ def test_without_a_pipeline_images_of_one_step_leave_a_bounded_trace():
 def test_more_calls_a_step_than_can_be_told_apart_reuse_nothing(order):
     """Six images in lockstep, one call each: none gets the features of another."""
     unet, images = make_unet(), [{**unet_inputs(), "sample": torch.randn(2, 4, 16, 16)} for _ in range(6)]
-    steps = (900, 700, 500, 300)
+    steps = range(900, 100, -100)
     expected = [[unet(**{**inputs, "timestep": t}).sample for inputs in images] for t in steps]
     agentsd.apply_patch(unet, ratio=0, cache_interval=3, cache_order=order)
     with pytest.warns(UserWarning, match="reuses no features"):
@@ -315,6 +315,32 @@ def test_full_calls_in_a_row_that_are_planned_are_no_warning(lanes):
             pipe.unet(**{**each, "timestep": t})
     full = full_calls(50, agentsd.Settings(cache_interval=2, cache_order=1))
     assert all(full[:9]) and agentsd.report(pipe).last["full"] == lanes * sum(full)
+
+
+@pytest.mark.parametrize("made", [1, 2, 5])
+def test_images_that_end_before_their_first_cached_call_are_told_of(made):
+    pipe, inputs = make_pipeline(), unet_inputs()
+    agentsd.apply_patch(pipe, ratio=0, cache_interval=2, cache_order=1)
+    pipe.scheduler.set_timesteps(50)
+    with pytest.warns(UserWarning, match="reuses no features: nothing could be reused of"):
+        for _ in range(40):
+            for t in pipe.scheduler.timesteps[:made]:
+                pipe.unet(**{**inputs, "timestep": t})
+
+
+@pytest.mark.filterwarnings("error:agentsd reuses no features")
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("order", [0, 1])
+def test_images_that_are_cancelled_before_one_that_is_not_are_no_warning(lanes, order):
+    pipe, text = make_pipeline(), unet_inputs()["encoder_hidden_states"]
+    inputs = [unet_inputs() | {"encoder_hidden_states": text + i} for i in range(lanes)]
+    agentsd.apply_patch(pipe, ratio=0, cache_interval=0.125, cache_order=order)
+    for steps in (1, 1, 1, 20):
+        pipe.scheduler.set_timesteps(20)
+        for t in pipe.scheduler.timesteps[:steps]:
+            for each in inputs:
+                pipe.unet(**{**each, "timestep": t})
+    assert agentsd.report(pipe).last["cached"] > 0
 
 
 def test_what_cannot_be_reused_changes_nothing():
