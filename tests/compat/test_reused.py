@@ -113,7 +113,7 @@ def test_what_asks_for_attention_is_refused_or_named():
 def test_tuning_tries_what_reuses_features():
     pipe, run = PIPELINES["Chroma"]()
     given = {name: value for name, value in run.arguments.items() if name not in ("prompt", "output_type")}
-    inputs = given | {"num_inference_steps": 6}
+    inputs = given | {"num_inference_steps": 20}
     found = agentsd.tune(pipe, prompts=("a", "b"), seconds=0, progress=False, **inputs)
     tried = [trial.name for trial in found.trials if trial.settings is not None]
     assert tried == ["balanced", "quality"] and "few_steps" not in found.untried

@@ -212,7 +212,7 @@ def test_tune_finds_settings_for_a_pipeline_without_text_encoders(model):
     """Prompts are given as embeddings, once for all images."""
     pipe, run = MODELS[model]()
     inputs = {name: value for name, value in run.arguments.items() if name not in ("prompt", "output_type")}
-    found = agentsd.tune(pipe, seconds=0, progress=False, prompts=["", ""], **inputs | {"num_inference_steps": 4})
+    found = agentsd.tune(pipe, seconds=0, progress=False, prompts=["", ""], **inputs | {"num_inference_steps": 20})
     assert [trial.name for trial in found.trials][2:] == ["balanced", "quality"]  # adaptive is balanced there
     assert patch_of(pipe) is None
 
