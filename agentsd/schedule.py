@@ -148,10 +148,10 @@ def full_calls(calls: int | None, settings: Reusing, begin: int = 0, evenly: boo
     else:
         last = len(made) - 2
         if evenly and len(made) >= EVEN_CALLS:
-            places = _growing(0, last, max(1, last // interval), 1.0)
+            places = set(_growing(0, last, max(1, last // interval), 1.0))
         else:
             first = 1.0 if evenly else FIRST_GAP
-            places = [0, *_growing(1, last, math.ceil((last - 1) / interval), first)]
+            places = {0, *_growing(1, last, math.ceil((last - 1) / interval), first)}
         full = [i in places for i in made]
     return (True,) * begin + tuple(full)
 

@@ -59,7 +59,7 @@ def tune(
             the fastest whose worst image has it. None: the fastest whose worst image has 35 dB, and
             is as near to the unpatched one as with half the steps; fewer steps may be the answer, too.
         prompts: of the images; on a slow machine fewer are drawn than are given.
-        seconds: about how long it may take; two candidates are tried in any case.
+        seconds: about how long it may take; two candidates, if there are as many, are tried in any case.
         seed: of the first image, and one more for each.
         apply: patch the pipeline with what is found.
         progress: show a bar.
